@@ -1,0 +1,184 @@
+"""The three public functions: check, choose, call."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor
+
+from . import checks, chunked, reference, summed
+from .choose import resolve
+from .features import IDENTITY, Features, sum_dtype
+from .state import Attended, LinearState, as_state
+from .step import absorb, look_up
+
+State = LinearState | Sequence[Tensor] | None
+
+
+def linear_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    features: Features | None = None,
+    *,
+    key_mask: Tensor | None = None,
+    state: State = None,
+    eps: float = 1e-6,
+    impl: str = "auto",
+    chunk_size: int = 256,
+) -> Attended:
+    """Every query attends to every key.
+
+        out_i = sum_j phi(q_i).phi(k_j) v_j / (sum_j phi(q_i).phi(k_j) + eps)
+
+    "Transformers are RNNs" (Katharopoulos et al. 2020), equations 4 to 6.
+
+    Args:
+        q: (N, L, H, E) queries, of any floating dtype and any strides.
+        k: (N, S, H, E) keys.
+        v: (N, S, H, M) values.
+        features: the feature map; None if ``q`` and ``k`` are features already.
+        key_mask: (N, S) bool, True = keep. Masked keys and values may hold anything.
+        state: sums over earlier keys, which count as if they preceded ``k``.
+        eps: added to the denominator. Exponential features need none and ignore it: their
+            denominator is at least 1 in the units it is computed in. 0/0 is 0.
+        impl: "auto", or a key of :data:`~fast_transformers.ops.FORMS`, which runs or raises.
+        chunk_size: tokens per chunk of the chunked form.
+
+    Returns:
+        values (N, L, H, M) in the dtype of ``v``, and the state that includes ``k`` and ``v``.
+
+    Raises:
+        TypeError: for inputs or a state of the wrong type or dtype.
+        ValueError: for shapes that do not fit, or an ``impl`` that cannot serve the call.
+    """
+    with _without_autocast(q):
+        features, state = _checked(q, k, v, features, key_mask, state, chunk_size)
+        impl = resolve(impl, causal=False, length=q.shape[1], keys=k.shape[1])
+        if impl == "chunked":
+            state = summed.accumulate(
+                k, v, features, key_mask=key_mask, state=state, chunk_size=chunk_size
+            )
+            values = summed.attend(q, state, features, eps=eps, chunk_size=chunk_size)
+        else:
+            form = reference.quadratic if impl == "reference" else reference.recurrent
+            values, state = form(
+                q, k, v, features, causal=False, key_mask=key_mask, state=state, eps=eps
+            )
+        return Attended(values.to(v.dtype), state)
+
+
+def causal_linear_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    features: Features | None = None,
+    *,
+    key_mask: Tensor | None = None,
+    state: State = None,
+    eps: float = 1e-6,
+    impl: str = "auto",
+    chunk_size: int = 64,
+) -> Attended:
+    """Query i attends to the keys j <= i.
+
+        out_i = sum_{j<=i} phi(q_i).phi(k_j) v_j / (sum_{j<=i} phi(q_i).phi(k_j) + eps)
+
+    "Transformers are RNNs" (Katharopoulos et al. 2020), equations 8 to 12. With more keys than
+    queries the keys beyond the last query are unseen and not in the state; with more queries
+    than keys the last queries see every key.
+
+    Arguments, results and errors are those of :func:`linear_attention`.
+    """
+    with _without_autocast(q):
+        features, state = _checked(q, k, v, features, key_mask, state, chunk_size)
+        impl = resolve(impl, causal=True, length=q.shape[1], keys=k.shape[1])
+        if impl != "chunked":
+            form = reference.quadratic if impl == "reference" else reference.recurrent
+            values, state = form(
+                q, k, v, features, causal=True, key_mask=key_mask, state=state, eps=eps
+            )
+            return Attended(values.to(v.dtype), state)
+        both = min(q.shape[1], k.shape[1])
+        values, state = chunked.causal(
+            q[:, :both], k[:, :both], v[:, :both], features,
+            key_mask=None if key_mask is None else key_mask[:, :both],
+            state=state, eps=eps, chunk_size=chunk_size,
+        )  # fmt: skip
+        if both < q.shape[1]:
+            rest = summed.attend(q[:, both:], state, features, eps=eps)
+            values = torch.cat([values, rest], 1)
+        return Attended(values.to(v.dtype), state)
+
+
+def linear_attention_step(
+    q: Tensor,
+    k: Tensor | None,
+    v: Tensor | None,
+    features: Features | None = None,
+    *,
+    state: State = None,
+    eps: float = 1e-6,
+) -> Attended:
+    """One token of causal attention: absorb its key and value, then attend with its query.
+
+        S = S + phi(k) v^T,   z = z + phi(k),   out = phi(q) S / (phi(q).z + eps)
+
+    "Transformers are RNNs" (Katharopoulos et al. 2020), equations 16 to 20.
+
+    Args:
+        q: (N, H, E) query.
+        k: (N, H, E) key, or None to attend to the state as it is (cross attention).
+        v: (N, H, M) value, or None together with ``k``.
+        features: as in :func:`linear_attention`.
+        state: what an earlier step or a whole sequence returned; None starts a sequence. It is
+            left as it is, so it can be continued in several ways.
+        eps: as in :func:`linear_attention`.
+
+    Returns:
+        values (N, H, M) in the dtype of ``q``, and the new state.
+
+    Raises:
+        TypeError, ValueError: as :func:`linear_attention`.
+    """
+    features = IDENTITY if features is None else features
+    with _without_autocast(q):
+        state = as_state(state, features.exponential)
+        if k is None or v is None:
+            if state is None:
+                raise ValueError("state must be given when there is no key and value to absorb")
+        else:
+            checks.check_inputs(q, k, v, dim=3)
+            checks.check_state(state, v, sum_dtype(q, k, v), features.exponential)
+            state = absorb(k[:, None], v[:, None], features, state=state)
+        values = look_up(q[:, None], state, features, eps=eps)
+        return Attended(values[:, 0].to(q.dtype), state)
+
+
+def _checked(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    features: Features | None,
+    key_mask: Tensor | None,
+    state: State,
+    chunk_size: int,
+) -> tuple[Features, LinearState | None]:
+    checks.check_inputs(q, k, v)
+    checks.check_key_mask(key_mask, k)
+    if chunk_size < 1:
+        raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
+    features = IDENTITY if features is None else features
+    state = as_state(state, features.exponential)
+    checks.check_state(state, v, sum_dtype(q, k, v), features.exponential)
+    return features, state
+
+
+def _without_autocast(x: Tensor) -> AbstractContextManager[object]:
+    """Sums over the sequence stay in float32 inside an autocast region, too."""
+    device = x.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        return torch.autocast(device, enabled=False)
+    return nullcontext()

@@ -1,0 +1,53 @@
+"""Which form of the mathematics serves a call, and why not the others."""
+
+from __future__ import annotations
+
+FORMS = {
+    "triton": "kernels for a GPU that compute the feature map on chip",
+    "chunked": "streams over chunks; memory linear in the length with a small constant",
+    "reference": "the whole L x S matrix of weights; the specification, for tests and inspection",
+    "recurrent": "token by token, as in generation; the second specification",
+}
+
+
+def why_not(impl: str, *, causal: bool, length: int, keys: int) -> str | None:
+    """The reason why a form cannot serve a call, or None if it can.
+
+    Args:
+        impl: a key of :data:`FORMS`.
+        causal: whether position i sees only the keys up to i.
+        length: number of queries L.
+        keys: number of keys S.
+
+    Raises:
+        ValueError: for an unknown name.
+    """
+    if impl not in FORMS:
+        raise ValueError(f"impl must be 'auto' or one of {', '.join(FORMS)}, got {impl!r}")
+    if impl == "triton":
+        return "this version has no GPU kernels"
+    return None
+
+
+def resolve(impl: str, **call: bool | int) -> str:
+    """The form that serves a call: an explicit choice runs or raises, "auto" takes the fastest."""
+    if impl == "auto":
+        return "chunked"
+    reason = why_not(impl, **call)  # pyright: ignore[reportArgumentType]
+    if reason is not None:
+        raise ValueError(f"impl={impl!r} cannot serve this call: {reason}; use impl='auto'")
+    return impl
+
+
+def explain(*, causal: bool, length: int, keys: int) -> dict[str, str]:
+    """For every form, "chosen", "on request: ..." or "no: ..." with the reason."""
+    call = {"causal": causal, "length": length, "keys": keys}
+    chosen = resolve("auto", **call)
+    answer = {}
+    for impl, purpose in FORMS.items():
+        reason = why_not(impl, causal=causal, length=length, keys=keys)
+        if impl == chosen:
+            answer[impl] = f"chosen: {purpose}"
+        else:
+            answer[impl] = f"no: {reason}" if reason else f"on request: {purpose}"
+    return answer

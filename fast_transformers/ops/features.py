@@ -1,0 +1,117 @@
+"""How the mathematics sees a feature map, and how it evaluates one chunk of it."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+def _identity(x: Tensor) -> Tensor:
+    return x
+
+
+class Features(NamedTuple):
+    """Two functions of the last dimension: (N, C, H, E) to (N, C, H, F), token by token.
+
+    Attributes:
+        queries: phi of the queries, or its logarithm.
+        keys: phi of the keys, or its logarithm.
+        exponential: whether the two functions return log(phi). Such features are exponentiated
+            relative to their running maximum, which cancels exactly.
+        parameters: trained tensors inside the two functions; they receive gradients.
+        dtype: dtype of the functions' own weights, None if they have none. Inputs are promoted
+            to it, or else to the dtype of the sums.
+        any_layout: the functions touch the last dimension only, so they may be given
+            (N, H, C, E) instead, which saves a copy.
+    """
+
+    queries: Callable[[Tensor], Tensor] = _identity
+    keys: Callable[[Tensor], Tensor] = _identity
+    exponential: bool = False
+    parameters: tuple[Tensor, ...] = ()
+    dtype: torch.dtype | None = None
+    any_layout: bool = False
+
+
+IDENTITY = Features(any_layout=True)
+
+
+def sum_dtype(*tensors: Tensor) -> torch.dtype:
+    """Dtype of sums over the sequence: float64 if an input is, else float32."""
+    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
+def pack(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """(N, C, H, D) of any strides to (N*H, C, D), the layout of the batched products."""
+    n, c, h, d = x.shape
+    return x.transpose(1, 2).reshape(n * h, c, d).to(dtype)
+
+
+def unpack(x: Tensor, n: int) -> Tensor:
+    """(N*H, C, D) to a (N, C, H, D) view."""
+    return x.unflatten(0, (n, x.shape[0] // n)).transpose(1, 2)
+
+
+def evaluate(
+    function: Callable[[Tensor], Tensor], x: Tensor, features: Features, dtype: torch.dtype
+) -> Tensor:
+    """Features of one chunk: (N, C, H, E) to (N*H, C, F) in the dtype of the sums."""
+    n, c, h, _ = x.shape
+    x = x.to(torch.promote_types(x.dtype, features.dtype) if features.dtype else dtype)
+    if features.any_layout:
+        phi = function(x.transpose(1, 2).contiguous())
+        return phi.reshape(n * h, c, phi.shape[-1]).to(dtype)
+    return pack(function(x), dtype)
+
+
+def first_order(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """Mark a backward pass as written by hand: its result cannot be differentiated again.
+
+    Raises as soon as that is prepared (``create_graph=True``); a result cut off from the graph
+    would count as a constant in a gradient penalty, silently.
+    """
+
+    @functools.wraps(backward)
+    def checked(ctx: Any, *gradients: Tensor | None) -> Any:
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "the chunked form has no second derivatives (create_graph=True was given); pass "
+                "impl='reference' to the functions in fast_transformers.ops for this"
+            )
+        return backward(ctx, *gradients)
+
+    return checked
+
+
+class Differentiated:
+    """Features of one chunk recomputed for the backward pass, with their pull-back."""
+
+    def __init__(
+        self,
+        function: Callable[[Tensor], Tensor],
+        x: Tensor,
+        features: Features,
+        dtype: torch.dtype,
+    ) -> None:
+        self._inputs = [x.detach().requires_grad_(), *features.parameters]
+        with torch.enable_grad():
+            self._value = evaluate(function, self._inputs[0], features, dtype)
+        self.value = self._value.detach()
+
+    def pull_back(self, gradient: Tensor, parameter_gradients: list[Tensor | None]) -> Tensor:
+        """Gradient of x, (N, C, H, E); gradients of the parameters are added to the list."""
+        if self._value.requires_grad:
+            x, *rest = torch.autograd.grad(
+                self._value, self._inputs, gradient, allow_unused=True, materialize_grads=False
+            )
+        else:
+            x, rest = None, []
+        for i, extra in enumerate(rest):
+            if extra is not None:
+                old = parameter_gradients[i]
+                parameter_gradients[i] = extra if old is None else old + extra
+        return torch.zeros_like(self._inputs[0]) if x is None else x

@@ -1,0 +1,151 @@
+"""Every form against the float64 reference: values, final state, gradients."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch
+from torch.nn.functional import elu
+
+from fast_transformers import ops
+from tests.support import (
+    DTYPES,
+    LENGTHS,
+    assert_as_accurate,
+    differentiate,
+    exponential_features,
+    make_qkv,
+    positive_features,
+)
+
+FEATURES = {
+    "elu": ops.Features(lambda x: elu(x) + 1, lambda x: elu(x) + 1),
+    "positive": positive_features(),
+    "exponential": exponential_features(),
+}
+FUNCTIONS = {"full": ops.linear_attention, "causal": ops.causal_linear_attention}
+
+
+def check(function, features, inputs, **options) -> None:
+    """``function`` with ``options`` is as accurate as the reference in the same dtype."""
+    exact = differentiate(
+        partial(function, features=features, impl="reference"), [x.double() for x in inputs]
+    )
+    plain = differentiate(partial(function, features=features, impl="reference"), inputs)
+    actual = differentiate(partial(function, features=features, **options), inputs)
+    assert actual[0].dtype == inputs[0].dtype
+    largest = max(float(x.abs().max()) for x in exact[2:] if x.numel())
+    for i, (a, p, e) in enumerate(zip(actual, plain, exact, strict=True)):
+        # gradients of queries and keys are sums of terms that cancel, all the way for one key
+        assert_as_accurate(a, p, e, size=largest if i >= 2 else None)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("length", LENGTHS)
+@pytest.mark.parametrize("features", FEATURES)
+@pytest.mark.parametrize("kind", FUNCTIONS)
+def test_chunked_matches_reference(kind, features, length, dtype) -> None:
+    inputs = make_qkv(length, dtype=dtype, strided=True)
+    check(FUNCTIONS[kind], FEATURES[features], inputs, impl="chunked")
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("length", [1, 2, 65])
+@pytest.mark.parametrize("features", FEATURES)
+@pytest.mark.parametrize("kind", FUNCTIONS)
+def test_recurrent_matches_reference(kind, features, length, dtype) -> None:
+    check(FUNCTIONS[kind], FEATURES[features], make_qkv(length, dtype=dtype), impl="recurrent")
+
+
+@pytest.mark.parametrize("impl", ["chunked", "recurrent"])
+@pytest.mark.parametrize(
+    ("queries", "keys"), [(1, 65), (65, 1), (7, 12), (130, 64), (0, 3), (3, 0)]
+)
+@pytest.mark.parametrize("features", ["positive", "exponential"])
+@pytest.mark.parametrize("kind", FUNCTIONS)
+def test_cross_lengths(kind, features, queries, keys, impl) -> None:
+    inputs = make_qkv(queries, keys, dtype=torch.float64)
+    check(FUNCTIONS[kind], FEATURES[features], inputs, impl=impl)
+
+
+def test_causal_definition() -> None:
+    """The reference itself, against a loop over the sums of the definition."""
+    q, k, v = make_qkv(9, dtype=torch.float64, N=1, H=1)
+    phi_q, phi_k = (elu(x)[0, :, 0] + 1 for x in (q, k))
+    rows = []
+    for i in range(9):
+        weights = torch.stack([phi_q[i] @ phi_k[j] for j in range(i + 1)])
+        rows.append((weights[:, None] * v[0, : i + 1, 0]).sum(0) / (weights.sum() + 1e-6))
+    out = ops.causal_linear_attention(q, k, v, FEATURES["elu"], impl="reference").values
+    torch.testing.assert_close(out[0, :, 0], torch.stack(rows), rtol=1e-13, atol=1e-13)
+
+
+@pytest.mark.parametrize("impl", ["chunked", "reference", "recurrent"])
+@pytest.mark.parametrize("kind", FUNCTIONS)
+def test_exponential_features_are_the_exponentials(kind, impl) -> None:
+    """Working with logarithms changes nothing but the range."""
+    q, k, v = make_qkv(70, dtype=torch.float64)
+    logs = exponential_features()
+    plain = ops.Features(lambda x: logs.queries(x).exp(), lambda x: logs.keys(x).exp())
+    a = FUNCTIONS[kind](q, k, v, logs, impl=impl)
+    b = FUNCTIONS[kind](q, k, v, plain, eps=0.0, impl=impl)
+    torch.testing.assert_close(a.values, b.values, rtol=1e-11, atol=1e-11)
+    torch.testing.assert_close(a.state.z * a.state.shift.exp(), b.state.z, rtol=1e-11, atol=0)
+
+
+def test_gradients_of_trained_features() -> None:
+    """The hand-written backward pass reaches weights inside an asymmetric map."""
+    query_net, key_net = torch.nn.Linear(8, 12).double(), torch.nn.Linear(8, 12).double()
+    weights = (*query_net.parameters(), *key_net.parameters())
+    features = ops.Features(
+        lambda x: query_net(x).sigmoid(), lambda x: key_net(x).exp(), parameters=weights
+    )
+    inputs = make_qkv(131, dtype=torch.float64)
+    w = torch.randn(2, 131, 3, 5, dtype=torch.float64)
+    for function in FUNCTIONS.values():
+        gradients = [
+            torch.autograd.grad((function(*inputs, features, impl=i).values * w).sum(), weights)
+            for i in ("chunked", "reference")
+        ]
+        for a, b in zip(*gradients, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("features", FEATURES)
+@pytest.mark.parametrize("kind", FUNCTIONS)
+def test_gradcheck(kind, features) -> None:
+    inputs = [x.requires_grad_() for x in make_qkv(7, 6, N=1, H=2, dtype=torch.float64)]
+
+    def function(q, k, v):  # type: ignore[no-untyped-def]
+        options = {"chunk_size": 3, "impl": "chunked"}
+        return FUNCTIONS[kind](q, k, v, FEATURES[features], **options).values
+
+    torch.autograd.gradcheck(function, inputs)
+
+
+def test_second_derivatives_raise_or_are_right() -> None:
+    """A gradient penalty never loses its gradient in silence."""
+    q, k, v = (x.requires_grad_() for x in make_qkv(5, N=1, H=1, dtype=torch.float64))
+
+    def gradient(impl: str) -> torch.Tensor:
+        out = ops.causal_linear_attention(q, k, v, FEATURES["elu"], impl=impl).values
+        return torch.autograd.grad(out.square().sum(), q, create_graph=True)[0]
+
+    with pytest.raises(RuntimeError, match=r"second derivatives.*impl='reference'"):
+        gradient("chunked")
+    assert gradient("reference").square().sum().requires_grad
+
+
+@pytest.mark.parametrize("expanded", [True, False])
+def test_any_layout_of_the_gradient(expanded: bool) -> None:
+    """Gradients of expanded and of transposed outputs, which misled the older kernel."""
+    inputs = make_qkv(70, dtype=torch.float64)
+    results = []
+    for impl in ("chunked", "reference"):
+        leaves = [x.clone().requires_grad_() for x in inputs]
+        out = ops.causal_linear_attention(*leaves, FEATURES["elu"], impl=impl).values
+        loss = out.sum() if expanded else (out.transpose(1, 3) ** 2).contiguous().sum()
+        results.append(torch.autograd.grad(loss, leaves))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)

@@ -1,0 +1,89 @@
+"""Favor at any norm: finite, and equal to the float64 evaluation of the same features."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch
+
+from fast_transformers import ops
+from fast_transformers.feature_maps import Favor, features_of
+from tests.support import assert_as_accurate, differentiate, make_qkv
+
+FUNCTIONS = {"full": ops.linear_attention, "causal": ops.causal_linear_attention}
+
+
+def favor() -> ops.Features:
+    return features_of(Favor(64, n_dims=32, generator=3))
+
+
+@pytest.mark.parametrize("impl", ["chunked", "recurrent"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("std", [1, 3, 10, 100])
+@pytest.mark.parametrize("kind", FUNCTIONS)
+def test_favor_is_exact_at_any_norm(kind, std, dtype, impl) -> None:
+    function = FUNCTIONS[kind]
+    inputs = make_qkv(131, N=1, H=2, E=64, M=8, std=std, dtype=dtype)
+    features = favor()
+    reference = partial(function, features=features, impl="reference")
+    exact = differentiate(reference, [x.double() for x in inputs])
+    plain = differentiate(reference, inputs)
+    actual = differentiate(partial(function, features=features, impl=impl), inputs)
+    logs = float(features.keys(inputs[1]).abs().max())
+    for a, p, e in zip(actual, plain, exact, strict=True):
+        assert_as_accurate(a, p, e, log_size=logs)
+
+
+@pytest.mark.parametrize("order", ["rising", "falling", "spike"])
+def test_keys_of_very_different_norms(order: str) -> None:
+    """A key that dwarfs its chunk must not take away the precision of the queries before it."""
+    q, k, v = make_qkv(200, N=1, H=2, E=64, M=8, std=3)
+    scale = torch.linspace(0.1, 6, 200)
+    scale = {"rising": scale, "falling": scale.flip(0), "spike": torch.ones(200)}[order].clone()
+    if order == "spike":
+        scale[100] = 0.0  # exp(-|k|^2 / 2) of this key is greater by hundreds of nats
+    k = k * scale[:, None, None]
+    run = partial(differentiate, inputs=[q, k, v])
+    features = favor()
+    causal = partial(ops.causal_linear_attention, features=features)
+    exact = differentiate(partial(causal, impl="reference"), [x.double() for x in (q, k, v)])
+    plain = run(partial(causal, impl="reference"))
+    for chunk_size in (64, 256):
+        actual = run(partial(causal, impl="chunked", chunk_size=chunk_size))
+        for a, p, e in zip(actual, plain, exact, strict=True):
+            assert_as_accurate(a, p, e)
+
+
+@pytest.mark.parametrize("impl", ["chunked", "reference", "recurrent"])
+@pytest.mark.parametrize("kind", FUNCTIONS)
+def test_no_key_gives_zero(kind, impl) -> None:
+    """0/0 is 0, in value and in gradient."""
+    q, k, v = (x.requires_grad_() for x in make_qkv(5, E=64))
+    mask = torch.tensor([[False] * 5, [False, False, True, True, False]])
+    for features in (favor(), None):
+        phi = [q, k] if features else [q.exp(), k.exp()]
+        out = FUNCTIONS[kind](*phi, v, features, key_mask=mask, eps=0.0, impl=impl).values
+        assert (out[0] == 0).all()
+        assert (out[1, 2:] != 0).all()
+        gradients = torch.autograd.grad(out.sum(), (q, k, v), materialize_grads=True)
+        assert all(g.isfinite().all() and (g[0] == 0).all() for g in gradients)
+
+
+def test_eps_is_added_to_the_denominator_of_plain_features() -> None:
+    q, k, v = (x.abs() for x in make_qkv(6, dtype=torch.float64))
+    out = ops.linear_attention(q, k, v, eps=0.5).values
+    weights = torch.einsum("nlhe,nshe->nhls", q, k)
+    expected = torch.einsum("nhls,nshm->nlhm", weights / (weights.sum(-1, True) + 0.5), v)
+    torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_long_sums_do_not_stagnate_in_half_precision(dtype) -> None:
+    """Adding 1 in bfloat16 stops at 256, and float16 ends at 65504."""
+    ones = torch.ones(1, 100_000, 1, 1, dtype=dtype)
+    values = torch.linspace(0, 1, 100_000, dtype=torch.float64)[None, :, None, None].to(dtype)
+    out, state = ops.causal_linear_attention(ones, ones, values, chunk_size=1000)
+    exact = values.double().cumsum(1) / torch.arange(1, 100_001)[None, :, None, None]
+    assert state.z.item() == 100_000
+    torch.testing.assert_close(out.double(), exact, rtol=torch.finfo(dtype).eps, atol=1e-4)

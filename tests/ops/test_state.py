@@ -1,0 +1,166 @@
+"""One state between all forms; sequences split anywhere."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fast_transformers import ops
+from tests.support import exponential_features, make_qkv, positive_features
+
+FEATURES = {"positive": positive_features(), "exponential": exponential_features()}
+IMPLS = ["chunked", "reference", "recurrent"]
+close = {"rtol": 1e-10, "atol": 1e-10}
+
+
+def assert_same_state(a: ops.LinearState, b: ops.LinearState) -> None:
+    """Equal as true sums, whatever the shifts."""
+    torch.testing.assert_close(a.kv / a.z[..., None], b.kv / b.z[..., None], **close)
+    logs = [s.z.log() + (0 if s.shift is None else s.shift) for s in (a, b)]
+    torch.testing.assert_close(*logs, **close)
+
+
+@pytest.mark.parametrize("second", IMPLS)
+@pytest.mark.parametrize("first", IMPLS)
+@pytest.mark.parametrize("features", FEATURES)
+@pytest.mark.parametrize("causal", [True, False])
+def test_a_state_of_any_form_continues_any_other(causal, features, first, second) -> None:
+    function = ops.causal_linear_attention if causal else ops.linear_attention
+    phi = FEATURES[features]
+    q, k, v = make_qkv(40, dtype=torch.float64)
+    whole = function(q, k, v, phi)
+    start = function(q[:, :17], k[:, :17], v[:, :17], phi, impl=first)
+    rest = function(q[:, 17:], k[:, 17:], v[:, 17:], phi, state=start.state, impl=second)
+    torch.testing.assert_close(rest.values, whole.values[:, 17:], **close)
+    assert_same_state(rest.state, whole.state)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    cuts=st.lists(st.integers(0, 50), max_size=4),
+    chunk_size=st.integers(1, 70),
+    features=st.sampled_from(sorted(FEATURES)),
+    causal=st.booleans(),
+    seed=st.integers(0, 1000),
+)
+def test_splits_and_chunk_sizes_change_nothing(cuts, chunk_size, features, causal, seed) -> None:
+    function = ops.causal_linear_attention if causal else ops.linear_attention
+    phi = FEATURES[features]
+    q, k, v = make_qkv(50, dtype=torch.float64, seed=seed, std=2.0)
+    whole = function(q, k, v, phi)
+    edges = [0, *sorted(cuts), 50]
+    state, parts = None, []
+    for lo, hi in itertools.pairwise(edges):
+        part = function(
+            q[:, lo:hi], k[:, lo:hi], v[:, lo:hi], phi, state=state, chunk_size=chunk_size
+        )
+        parts, state = [*parts, part.values], part.state
+    if causal:
+        torch.testing.assert_close(torch.cat(parts, 1), whole.values, **close)
+    assert_same_state(state, whole.state)
+
+
+@settings(max_examples=25, deadline=None)
+@given(order=st.permutations(range(4)), features=st.sampled_from(sorted(FEATURES)))
+def test_rows_of_a_batch_do_not_see_each_other(order, features) -> None:
+    q, k, v = make_qkv(20, N=4, dtype=torch.float64)
+    q, k = q * torch.tensor([0.1, 1, 3, 10])[:, None, None, None], k * 3
+    mask = torch.arange(20) < torch.tensor([[20], [1], [7], [0]])
+    rows = torch.tensor(order)
+    a = ops.causal_linear_attention(q, k, v, FEATURES[features], key_mask=mask).values
+    b = ops.causal_linear_attention(
+        q[rows], k[rows], v[rows], FEATURES[features], key_mask=mask[rows]
+    ).values
+    torch.testing.assert_close(b, a[rows], rtol=1e-12, atol=1e-12)
+
+
+@settings(max_examples=25, deadline=None)
+@given(log_scale=st.floats(-300, 300), causal=st.booleans())
+def test_scaling_all_key_features_changes_nothing(log_scale, causal) -> None:
+    function = ops.causal_linear_attention if causal else ops.linear_attention
+    q, k, v = make_qkv(30, dtype=torch.float64)
+    phi = FEATURES["exponential"]
+    scaled = phi._replace(keys=lambda x: phi.keys(x) + log_scale)
+    torch.testing.assert_close(
+        function(q, k, v, scaled).values, function(q, k, v, phi).values, **close
+    )
+    plain = FEATURES["positive"]
+    scaled = plain._replace(keys=lambda x: plain.keys(x) * 10 ** (log_scale / 3))
+    a, b = (function(q, k, v, phi, eps=0.0).values for phi in (scaled, plain))
+    torch.testing.assert_close(a, b, **close)
+
+
+@pytest.mark.parametrize("features", FEATURES)
+def test_gradients_flow_through_the_state(features) -> None:
+    """Truncated back-propagation that is not truncated is the whole gradient."""
+    phi = FEATURES[features]
+    w = torch.randn(2, 30, 3, 5, dtype=torch.float64)
+    gradients = []
+    for parts in ([30], [11, 19]):
+        leaves = [x.requires_grad_() for x in make_qkv(30, dtype=torch.float64)]
+        state, out = None, []
+        for chunk in zip(*(x.split(parts, 1) for x in leaves), strict=True):
+            values, state = ops.causal_linear_attention(*chunk, phi, state=state, impl="chunked")
+            out.append(values)
+        gradients.append(torch.autograd.grad((torch.cat(out, 1) * w).sum(), leaves))
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b, **close)
+
+
+@pytest.mark.parametrize("features", FEATURES)
+def test_a_state_is_a_value(features) -> None:
+    q, k, v = (x[:, 0] for x in make_qkv(1))
+    start = ops.linear_attention_step(q, k, v, FEATURES[features])
+    before = start.state.map(torch.clone)
+    results = [
+        ops.linear_attention_step(q, 2 * k, v, FEATURES[features], state=start.state).values
+        for _ in range(2)
+    ]
+    assert torch.equal(*results)
+    assert torch.equal(start.state.kv, before.kv)
+    assert torch.equal(start.state.z, before.z)
+
+
+@pytest.mark.parametrize("features", FEATURES)
+def test_the_older_pair_goes_in_and_comes_out(features) -> None:
+    q, k, v = (x[:, 0] for x in make_qkv(2, dtype=torch.float64))
+    phi = FEATURES[features]
+    state = ops.linear_attention_step(q, k, v, phi).state
+    S, Z = state
+    assert len(state) == 2
+    assert state[0] is S
+    scale = 1 if state.shift is None else state.shift.exp()
+    pair = [S * (scale if state.shift is None else scale[..., None]), Z * scale]
+    a = ops.linear_attention_step(q, k, v, phi, state=pair).values
+    b = ops.linear_attention_step(q, k, v, phi, state=state).values
+    torch.testing.assert_close(a, b, **close)
+
+
+def test_reorder_and_size() -> None:
+    q, k, v = make_qkv(3)
+    state = ops.causal_linear_attention(q, k, v, FEATURES["exponential"]).state
+    swapped = state.reorder(torch.tensor([1, 0]))
+    for name in ("kv", "z", "shift"):
+        assert torch.equal(getattr(swapped, name)[0], getattr(state, name)[1])
+    assert state.nbytes == 4 * 2 * 3 * 24 * (5 + 1 + 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+def test_the_state_is_float32(dtype) -> None:
+    q, k, v = make_qkv(3, dtype=dtype)
+    for impl in IMPLS:
+        out, state = ops.causal_linear_attention(q, k, v, FEATURES["positive"], impl=impl)
+        assert (out.dtype, state.kv.dtype, state.z.dtype) == (dtype, torch.float32, torch.float32)
+
+
+def test_autocast_does_not_reach_the_sums() -> None:
+    q, k, v = make_qkv(65, dtype=torch.bfloat16)
+    plain = ops.causal_linear_attention(q, k, v, FEATURES["positive"])
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = ops.causal_linear_attention(q, k, v, FEATURES["positive"])
+    assert torch.equal(plain.values, cast.values)
+    assert cast.state.kv.dtype == torch.float32
