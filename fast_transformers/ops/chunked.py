@@ -28,7 +28,7 @@ from torch import Tensor
 
 from .checks import check_widths
 from .chunked_backward import Future, Layout, Saved, keys_backward, queries_backward
-from .features import Features, evaluate, first_order, pack, sum_dtype, unpack
+from .features import Features, evaluate, first_order, pack, reproducible, sum_dtype, unpack
 from .scaling import is_spread, normalise, query_factors
 from .state import LinearState
 from .summed import Sums, chunks, hide, read_keys
@@ -97,8 +97,9 @@ class _Causal(torch.autograd.Function):
         layout: Layout = []
         for at in chunks(length, chunk_size) or [slice(0, 0)]:
             k_chunk, v_chunk, masked = read_keys(k, v, key_mask, at)
-            a = hide(evaluate(features.keys, k_chunk, features, dtype), masked, features)
-            b = evaluate(features.queries, q[:, at], features, dtype)
+            with reproducible(features, q, ctx, at):
+                a = hide(evaluate(features.keys, k_chunk, features, dtype), masked, features)
+                b = evaluate(features.queries, q[:, at], features, dtype)
             check_widths(b.shape[-1], a.shape[-1])
             sums.allocate(a, v.shape[-1], features.exponential)
             v_chunk = pack(v_chunk, dtype)

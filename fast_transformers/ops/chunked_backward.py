@@ -47,7 +47,7 @@ def queries_backward(
         k_chunk, v_chunk, masked = read_keys(saved.k, saved.v, saved.key_mask, at)
         a = hide(evaluate(features.keys, k_chunk, features, dtype), masked, features)
         v = pack(v_chunk, dtype)
-        queries = Differentiated(features.queries, saved.q[:, at], features, dtype)
+        queries = Differentiated(features.queries, saved.q[:, at], features, dtype, not at.start)
         do, delta, norm = saved.outputs(at)
         sums.allocate(a, v.shape[-1], features.exponential)
         db = torch.empty_like(queries.value)
@@ -73,7 +73,7 @@ def keys_backward(
     dk, dv = torch.empty_like(saved.k), torch.empty_like(saved.v)
     for at, pieces in reversed(layout):
         k_chunk, v_chunk, masked = read_keys(saved.k, saved.v, saved.key_mask, at)
-        keys = Differentiated(features.keys, k_chunk, features, dtype)
+        keys = Differentiated(features.keys, k_chunk, features, dtype, not at.start)
         a = hide(keys.value, masked, features)
         b = evaluate(features.queries, saved.q[:, at], features, dtype)
         v = pack(v_chunk, dtype)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -68,6 +69,25 @@ def evaluate(
     return pack(function(x), dtype)
 
 
+@contextmanager
+def reproducible(features: Features, x: Tensor, ctx: Any, at: slice) -> Iterator[None]:
+    """Refuse features that draw random numbers, which the backward pass would draw again.
+
+    Looks at the first chunk only, and only if a backward pass may follow.
+    """
+    if features.any_layout or at.start or not any(ctx.needs_input_grad):
+        yield
+        return
+    module = torch if x.device.type == "cpu" else torch.get_device_module(x.device)
+    before = module.get_rng_state()
+    yield
+    if not torch.equal(before, module.get_rng_state()):
+        raise RuntimeError(
+            "the feature map draws random numbers while it encodes (dropout, perhaps), but its "
+            "features are computed again in the backward pass; draw them in new_feature_map"
+        )
+
+
 def first_order(backward: Callable[..., Any]) -> Callable[..., Any]:
     """Mark a backward pass as written by hand: its result cannot be differentiated again.
 
@@ -96,11 +116,31 @@ class Differentiated:
         x: Tensor,
         features: Features,
         dtype: torch.dtype,
+        first: bool,
     ) -> None:
         self._inputs = [x.detach().requires_grad_(), *features.parameters]
         with torch.enable_grad():
             self._value = evaluate(function, self._inputs[0], features, dtype)
         self.value = self._value.detach()
+        if first:
+            self._check_leaves()
+
+    def _check_leaves(self) -> None:
+        """Every tensor that could receive a gradient is one that will."""
+        known, waiting, seen = set(map(id, self._inputs)), [self._value.grad_fn], set()
+        while waiting:
+            node = waiting.pop()
+            if node is None or node in seen:
+                continue
+            seen.add(node)
+            leaf = getattr(node, "variable", None)
+            if leaf is not None and id(leaf) not in known:
+                raise RuntimeError(
+                    f"the feature map uses a tensor of shape {tuple(leaf.shape)} that requires a "
+                    "gradient and would not get one; make it an nn.Parameter of the map, or list "
+                    "it in Features.parameters"
+                )
+            waiting += [parent for parent, _ in node.next_functions]
 
     def pull_back(self, gradient: Tensor, parameter_gradients: list[Tensor | None]) -> Tensor:
         """Gradient of x, (N, C, H, E); gradients of the parameters are added to the list."""

@@ -16,7 +16,16 @@ import torch
 from torch import Tensor
 
 from .checks import check_state_width, check_widths
-from .features import Differentiated, Features, evaluate, first_order, pack, sum_dtype, unpack
+from .features import (
+    Differentiated,
+    Features,
+    evaluate,
+    first_order,
+    pack,
+    reproducible,
+    sum_dtype,
+    unpack,
+)
 from .scaling import key_factors, lowest, normalise, query_factors
 from .state import LinearState
 
@@ -126,7 +135,8 @@ class _Accumulate(torch.autograd.Function):
         # an empty sequence still has a number of features
         for at in chunks(k.shape[1], chunk_size) or [slice(0, 0)]:
             k_chunk, v_chunk, masked = read_keys(k, v, key_mask, at)
-            a = hide(evaluate(features.keys, k_chunk, features, dtype), masked, features)
+            with reproducible(features, k, ctx, at):
+                a = hide(evaluate(features.keys, k_chunk, features, dtype), masked, features)
             sums.allocate(a, v.shape[-1], features.exponential)
             if a.shape[1]:
                 sums.add(sums.factors(a), pack(v_chunk, dtype))
@@ -152,7 +162,7 @@ class _Accumulate(torch.autograd.Function):
         d_z_flat = None if d_z is None else d_z.flatten(0, 1)[:, None]
         for at in chunks(k.shape[1], chunk_size):
             k_chunk, v_chunk, masked = read_keys(k, v, key_mask, at)
-            keys = Differentiated(features.keys, k_chunk, features, dtype)
+            keys = Differentiated(features.keys, k_chunk, features, dtype, not at.start)
             kappa = hide(keys.value, masked, features)
             if shift_out is not None:
                 kappa = (kappa - shift_out.flatten(0, 1)[:, None]).exp_()
@@ -195,7 +205,8 @@ class _Attend(torch.autograd.Function):
         out = kv.new_empty(n, length, h, kv.shape[-1])
         norm = kv.new_empty(n * h, length, 1)
         for at in chunks(length, chunk_size):
-            b = evaluate(features.queries, q[:, at], features, dtype)
+            with reproducible(features, q, ctx, at):
+                b = evaluate(features.queries, q[:, at], features, dtype)
             check_widths(b.shape[-1], z.shape[-1])
             p, offset = query_factors(b, sums.shift)
             denominator = (p * sums.z[:, None]).sum(-1, keepdim=True)
@@ -215,7 +226,7 @@ class _Attend(torch.autograd.Function):
         dq = torch.empty_like(q)
         d_kv, d_z = torch.zeros_like(sums.kv), torch.zeros_like(sums.z)
         for at in chunks(q.shape[1], chunk_size):
-            queries = Differentiated(features.queries, q[:, at], features, dtype)
+            queries = Differentiated(features.queries, q[:, at], features, dtype, not at.start)
             do = pack(d_out[:, at], dtype)
             delta = (do * pack(out[:, at], dtype)).sum(-1, keepdim=True)
             g = (do @ sums.kv.mT).sub_(delta * sums.z[:, None])

@@ -1,0 +1,123 @@
+"""What an attention does with a feature map: make it, draw it, hand it to the mathematics."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..ops import Features
+from .base import elu_feature_map
+
+
+def build_feature_map(factory: Callable[[int], Any] | None, query_dimensions: int) -> Any:
+    """Call a factory and make sure that a feature map comes out; None makes elu(x) + 1.
+
+    Raises:
+        TypeError: for a ready map, an element-wise function, or a factory whose result lacks
+            the methods of a map. The message shows the fix.
+    """
+    if factory is None:
+        factory = elu_feature_map
+    what = "feature_map must be a factory, called with the query dimensions"
+    if isinstance(factory, nn.Module):
+        name = type(factory).__name__
+        raise TypeError(f"{what}, got a ready {name}; pass {name}.factory(...) instead")
+    elementwise = (
+        "for an element-wise function pass ActivationFunctionFeatureMap.factory(function)"
+    )
+    if not callable(factory):
+        raise TypeError(f"{what}, got {factory!r}; {elementwise}")
+    try:
+        feature_map = factory(query_dimensions)
+    except (TypeError, AttributeError) as error:
+        raise TypeError(
+            f"{what}, but {factory!r} cannot be called with {query_dimensions}: {error}; "
+            f"{elementwise}"
+        ) from error
+    needed = ("new_feature_map", "forward_queries", "forward_keys")
+    missing = [name for name in needed if not callable(getattr(feature_map, name, None))]
+    if missing:
+        raise TypeError(
+            f"{what}, but {factory!r} returned {type(feature_map).__name__} without "
+            f"{', '.join(missing)}; derive the map from FeatureMap, or {elementwise}"
+        )
+    return feature_map
+
+
+def draw(feature_map: Any, device: torch.device) -> None:
+    """Call ``new_feature_map``, whether or not it takes the device."""
+    if _takes_device(type(feature_map)):
+        feature_map.new_feature_map(device)
+    else:
+        feature_map.new_feature_map()
+    feature_map.drawn = True
+
+
+@functools.cache
+def _takes_device(kind: type) -> bool:
+    parameters = list(inspect.signature(kind.new_feature_map).parameters.values())[1:]
+    return any(p.kind is not inspect.Parameter.KEYWORD_ONLY for p in parameters)
+
+
+def features_of(feature_map: Any) -> Features:
+    """A feature map as :mod:`fast_transformers.ops` takes it.
+
+    With gradients enabled the random tensors of the map are copied, so that the backward pass
+    recomputes the features of this call even if the map has been redrawn in between.
+    """
+    if getattr(feature_map, "exponential", False):
+        queries, keys = feature_map.log_queries, feature_map.log_keys
+    else:
+        queries, keys = feature_map.forward_queries, feature_map.forward_keys
+    any_input = getattr(feature_map, "any_input", False)
+    if not isinstance(feature_map, nn.Module):
+        return Features(queries, keys, any_layout=any_input)
+    weights = list(feature_map.parameters())
+    tensors = [t for t in [*weights, *feature_map.buffers()] if t.is_floating_point()]
+    if torch.is_grad_enabled():
+        frozen = _frozen_tensors(feature_map)
+        if frozen:
+            queries, keys = _WithTensors(queries, frozen), _WithTensors(keys, frozen)
+    return Features(
+        queries,
+        keys,
+        exponential=getattr(feature_map, "exponential", False),
+        parameters=tuple(p for p in weights if p.requires_grad),
+        dtype=tensors[0].dtype if tensors and not any_input else None,
+        any_layout=any_input,
+    )
+
+
+_Frozen = list[tuple[dict[str, Any], str, Tensor]]  # where a tensor lives, its name, its copy
+
+
+def _frozen_tensors(module: nn.Module) -> _Frozen:
+    places = [d for m in module.modules() for d in (m._buffers, vars(m))]
+    return [
+        (place, name, tensor.detach().clone())
+        for place in places
+        for name, tensor in place.items()
+        if isinstance(tensor, Tensor) and tensor.is_floating_point()
+    ]
+
+
+class _WithTensors:
+    """A method of a module, called with some of the module's tensors put back."""
+
+    def __init__(self, method: Callable[[Tensor], Tensor], frozen: _Frozen) -> None:
+        self._method, self._frozen = method, frozen
+
+    def __call__(self, x: Tensor) -> Tensor:
+        now = [place[name] for place, name, _ in self._frozen]
+        try:
+            for place, name, tensor in self._frozen:
+                place[name] = tensor
+            return self._method(x)
+        finally:
+            for (place, name, _), tensor in zip(self._frozen, now, strict=True):
+                place[name] = tensor

@@ -1,0 +1,159 @@
+"""The interface of a feature map, and the maps that apply one function to each element."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class _Factory:
+    """What :meth:`FeatureMap.factory` returns; unlike a closure it can be pickled."""
+
+    def __init__(self, cls: type[FeatureMap], args: tuple, kwargs: dict[str, Any]) -> None:
+        self._cls, self._args, self._kwargs = cls, args, kwargs
+
+    def __call__(self, query_dims: int) -> FeatureMap:
+        return self._cls(query_dims, *self._args, **self._kwargs)
+
+    def __repr__(self) -> str:
+        options = [repr(a) for a in self._args] + [f"{k}={v!r}" for k, v in self._kwargs.items()]
+        return f"{self._cls.__name__}.factory({', '.join(options)})"
+
+
+class FeatureMap(nn.Module):
+    """phi: R^E -> R^F, applied to the last dimension of queries and of keys.
+
+    A symmetric map defines ``forward``; an asymmetric one ``forward_queries`` and
+    ``forward_keys``. They see chunks of the sequence, (N, C, H, E), or one token of it, and must
+    treat each token by itself. All randomness belongs in ``new_feature_map``, and every trained
+    tensor must be a registered parameter: features are recomputed in the backward pass.
+
+    A map whose features are exponentials, phi = exp(.), sets ``exponential = True`` and defines
+    ``log_queries`` and ``log_keys`` as well. Attention then works with the logarithms and is
+    exact for inputs of any norm.
+
+    Attributes:
+        query_dimensions: E. The older name ``query_dims`` holds the same.
+        exponential: whether ``log_queries`` and ``log_keys`` are to be used.
+        any_input: whether the methods accept any floating dtype and any leading dimensions, and
+            compute in float32 at least. Saves a copy of each chunk.
+        drawn: whether the map can be used before ``new_feature_map`` has been called.
+    """
+
+    exponential = False
+    any_input = False
+    drawn = False
+
+    def __init__(self, query_dimensions: int) -> None:
+        super().__init__()
+        self.query_dimensions = self.query_dims = query_dimensions
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        own = vars(cls)
+        redefined = any(f"forward{part}" in own for part in ("", "_queries", "_keys"))
+        if redefined and not any(name in own for name in ("log_queries", "log_keys")):
+            cls.exponential = False  # the inherited logarithms are those of other features
+
+    def new_feature_map(self, device: torch.device | None = None) -> None:
+        """Draw new random parameters, if the map has any.
+
+        Attention calls this once before it encodes a batch; all encodings up to the next call
+        must be compatible with each other.
+
+        Args:
+            device: the device of the queries. A map may leave this parameter out.
+        """
+
+    def forward_queries(self, x: Tensor) -> Tensor:
+        """phi of queries: (..., E) to (..., F)."""
+        return self(x)
+
+    def forward_keys(self, x: Tensor) -> Tensor:
+        """phi of keys: (..., E) to (..., F)."""
+        return self(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        raise NotImplementedError(
+            f"{type(self).__name__} must define forward, or forward_queries and forward_keys"
+        )
+
+    def log_queries(self, x: Tensor) -> Tensor:
+        """log phi of queries, up to a constant per query; needed if ``exponential``."""
+        raise NotImplementedError(f"{type(self).__name__} is exponential: define log_queries")
+
+    def log_keys(self, x: Tensor) -> Tensor:
+        """log phi of keys; needed if ``exponential``."""
+        raise NotImplementedError(f"{type(self).__name__} is exponential: define log_keys")
+
+    def kernel(self, x: Tensor, y: Tensor) -> Tensor:
+        """The kernel that phi(x).phi(y) is, or approximates: (..., E), (..., E) to (...)."""
+        raise NotImplementedError(f"{type(self).__name__} does not say what it approximates")
+
+    @property
+    def feature_dims(self) -> int:
+        """F, the number of features that come out."""
+        first = next(iter([*self.parameters(), *self.buffers()]), torch.empty(0))
+        x = torch.zeros(1, 1, 1, self.query_dimensions, dtype=first.dtype, device=first.device)
+        return self.forward_queries(x).shape[-1]
+
+    @classmethod
+    def factory(cls, *args: Any, **kwargs: Any) -> Callable[[int], FeatureMap]:
+        """A function of the query dimensions that makes this map with the given arguments.
+
+        >>> from fast_transformers.feature_maps import Favor
+        >>> Favor.factory(n_dims=128)(32).feature_dims
+        128
+        """
+        return _Factory(cls, args, kwargs)
+
+
+class ActivationFunctionFeatureMap(FeatureMap):
+    """phi(x) = activation_function(x), element by element.
+
+    The kernel is exact: sum_i f(x_i) f(y_i). Non-negative functions keep the denominator of the
+    attention positive.
+
+    Args:
+        query_dimensions: E, which is also the number of features.
+        activation_function: (..., E) to (..., E). A module here may hold trained weights.
+
+    >>> attention_map = ActivationFunctionFeatureMap.factory(torch.relu)(4)
+    >>> attention_map(torch.tensor([-1.0, 0.0, 2.0, 3.0]))
+    tensor([0., 0., 2., 3.])
+    """
+
+    any_input = True
+    drawn = True
+
+    def __init__(
+        self, query_dimensions: int, activation_function: Callable[[Tensor], Tensor]
+    ) -> None:
+        super().__init__(query_dimensions)
+        self.activation_function = activation_function
+
+    @property
+    def feature_dims(self) -> int:
+        return self.query_dimensions
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.activation_function(x)
+
+    def kernel(self, x: Tensor, y: Tensor) -> Tensor:
+        return (self(x) * self(y)).sum(-1)
+
+
+def elu_plus_one(x: Tensor) -> Tensor:
+    """elu(x) + 1, written so that small values survive: exp(x) below 0, x + 1 above.
+
+    Adding 1 to elu(x) = exp(x) - 1 would round to 0 in bfloat16 from x = -6 down.
+    """
+    return torch.where(x > 0, x + 1, x.clamp(max=0).exp())
+
+
+def elu_feature_map(query_dims: int) -> ActivationFunctionFeatureMap:
+    """phi(x) = elu(x) + 1, the default map; "Transformers are RNNs" (2020), equation 7."""
+    return ActivationFunctionFeatureMap(query_dims, elu_plus_one)

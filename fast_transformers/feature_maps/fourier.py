@@ -1,0 +1,119 @@
+"""Trigonometric random features of the Gaussian (RBF) kernel."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from .random import RandomFeatureMap, split_in_pairs
+
+
+def _gaussian_kernel(x: Tensor, y: Tensor, softmax_temp: float) -> Tensor:
+    return (-softmax_temp * (x - y).square().sum(-1) / 2).exp()
+
+
+def _trigonometric(u: Tensor) -> Tensor:
+    return torch.cat([u.cos(), u.sin()], -1) / math.sqrt(u.shape[-1])
+
+
+class RandomFourierFeatures(RandomFeatureMap):
+    """phi(x) = sqrt(2/F) [cos(w_i.x'), sin(w_i.x')], x' = sqrt(softmax_temp) x.
+
+    Unbiased for the kernel exp(-softmax_temp |x - y|^2 / 2). Rahimi and Recht, "Random Features
+    for Large-Scale Kernel Machines" (2007), algorithm 1. Features have either sign, so the
+    denominator of the attention may cross zero: prefer :class:`Favor`.
+
+    Args:
+        query_dimensions: E.
+        n_dims: F, even; None is E.
+        softmax_temp, orthogonal, redraw, deterministic_eval, generator: see
+            :class:`RandomFeatureMap`.
+
+    Raises:
+        ValueError: for an ``n_dims`` that is odd or below 2.
+    """
+
+    def __init__(
+        self,
+        query_dimensions: int,
+        n_dims: int | None = None,
+        softmax_temp: float | None = None,
+        orthogonal: bool = False,
+        redraw: int = 1,
+        deterministic_eval: bool = True,
+        generator: torch.Generator | int | None = None,
+    ) -> None:
+        self.n_dims = split_in_pairs("RandomFourierFeatures", query_dimensions, n_dims)
+        super().__init__(
+            query_dimensions, self.n_dims // 2, softmax_temp, orthogonal, redraw,
+            deterministic_eval, generator,
+        )  # fmt: skip
+
+    @property
+    def feature_dims(self) -> int:
+        return self.n_dims
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _trigonometric(self.project(x)[1]).to(x.dtype)
+
+    def kernel(self, x: Tensor, y: Tensor) -> Tensor:
+        return _gaussian_kernel(x, y, self.softmax_temp)
+
+
+class SmoothedRandomFourierFeatures(RandomFeatureMap):
+    """Random Fourier features and one constant: the Gaussian kernel plus ``smoothing``.
+
+    The constant keeps the denominator of the attention away from zero.
+
+    Args:
+        query_dimensions: E.
+        n_dims: most features to use; None is E. One is the constant and the others come in
+            pairs, so an even ``n_dims`` gives ``n_dims - 1`` features (see ``feature_dims``),
+            scaled for the number there is.
+        smoothing: what is added to the kernel; its root is the constant feature. (The older
+            library added ``smoothing**2``.)
+        softmax_temp, orthogonal, redraw, deterministic_eval, generator: see
+            :class:`RandomFeatureMap`.
+
+    Raises:
+        ValueError: for an ``n_dims`` below 3 or a negative ``smoothing``.
+    """
+
+    def __init__(
+        self,
+        query_dimensions: int,
+        n_dims: int | None = None,
+        softmax_temp: float | None = None,
+        orthogonal: bool = False,
+        smoothing: float = 1.0,
+        redraw: int = 1,
+        deterministic_eval: bool = True,
+        generator: torch.Generator | int | None = None,
+    ) -> None:
+        self.n_dims = query_dimensions if n_dims is None else n_dims
+        if self.n_dims < 3:
+            raise ValueError(
+                "n_dims of SmoothedRandomFourierFeatures must be at least 3, a pair and the "
+                f"constant, got {self.n_dims}"
+            )
+        if smoothing < 0:
+            raise ValueError(f"smoothing is added to the kernel: it must be >= 0, got {smoothing}")
+        self.smoothing = smoothing
+        super().__init__(
+            query_dimensions, (self.n_dims - 1) // 2, softmax_temp, orthogonal, redraw,
+            deterministic_eval, generator,
+        )  # fmt: skip
+
+    @property
+    def feature_dims(self) -> int:
+        return 2 * ((self.n_dims - 1) // 2) + 1
+
+    def forward(self, x: Tensor) -> Tensor:
+        phi = _trigonometric(self.project(x)[1])
+        constant = phi.new_full((*phi.shape[:-1], 1), math.sqrt(self.smoothing))
+        return torch.cat([phi, constant], -1).to(x.dtype)
+
+    def kernel(self, x: Tensor, y: Tensor) -> Tensor:
+        return _gaussian_kernel(x, y, self.softmax_temp) + self.smoothing
