@@ -147,11 +147,11 @@ class ActivationFunctionFeatureMap(FeatureMap):
 
 
 def elu_plus_one(x: Tensor) -> Tensor:
-    """elu(x) + 1, written so that small values survive: exp(x) below 0, x + 1 above.
+    """elu(x) + 1, written so that small values survive: exp(x) below 0, 1 + x above.
 
     Adding 1 to elu(x) = exp(x) - 1 would round to 0 in bfloat16 from x = -6 down.
     """
-    return torch.where(x > 0, x + 1, x.clamp(max=0).exp())
+    return x.clamp(max=0).exp() + x.relu()
 
 
 def elu_feature_map(query_dims: int) -> ActivationFunctionFeatureMap:

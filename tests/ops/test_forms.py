@@ -29,10 +29,9 @@ FUNCTIONS = {"full": ops.linear_attention, "causal": ops.causal_linear_attention
 
 def check(function, features, inputs, **options) -> None:
     """``function`` with ``options`` is as accurate as the reference in the same dtype."""
-    exact = differentiate(
-        partial(function, features=features, impl="reference"), [x.double() for x in inputs]
-    )
-    plain = differentiate(partial(function, features=features, impl="reference"), inputs)
+    reference = partial(function, features=features, **{**options, "impl": "reference"})
+    exact = differentiate(reference, [x.double() for x in inputs])
+    plain = differentiate(reference, inputs)
     actual = differentiate(partial(function, features=features, **options), inputs)
     assert actual[0].dtype == inputs[0].dtype
     largest = max(float(x.abs().max()) for x in exact[2:] if x.numel())
@@ -67,6 +66,26 @@ def test_recurrent_matches_reference(kind, features, length, dtype) -> None:
 def test_cross_lengths(kind, features, queries, keys, impl) -> None:
     inputs = make_qkv(queries, keys, dtype=torch.float64)
     check(FUNCTIONS[kind], FEATURES[features], inputs, impl=impl)
+
+
+@pytest.mark.parametrize("impl", ["chunked", "recurrent"])
+@pytest.mark.parametrize("features", FEATURES)
+@pytest.mark.parametrize("kind", FUNCTIONS)
+def test_masked_keys(kind, features, impl) -> None:
+    """Against the reference, and against leaving the masked keys out; padding left and right."""
+    inputs = make_qkv(70, dtype=torch.float64)
+    mask = torch.rand(2, 70, generator=torch.Generator().manual_seed(2)) > 0.3
+    mask[0, :5], mask[0, 60:], mask[1, 1:68] = False, False, False
+    mask[1, :2] = True
+    check(FUNCTIONS[kind], FEATURES[features], inputs, key_mask=mask, impl=impl)
+    masked = partial(FUNCTIONS[kind], features=FEATURES[features], key_mask=mask, impl=impl)
+    _, _, _, dk, dv = differentiate(masked, inputs)
+    assert (dk[~mask] == 0).all()
+    assert (dv[~mask] == 0).all()
+    if kind == "full":
+        q, k, v = (x[:1] for x in inputs)
+        left = FUNCTIONS[kind](q, k[:, mask[0]], v[:, mask[0]], FEATURES[features]).values
+        torch.testing.assert_close(masked(*inputs).values[:1], left, rtol=1e-12, atol=1e-12)
 
 
 def test_causal_definition() -> None:

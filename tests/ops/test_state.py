@@ -95,18 +95,20 @@ def test_scaling_all_key_features_changes_nothing(log_scale, causal) -> None:
 
 
 @pytest.mark.parametrize("features", FEATURES)
-def test_gradients_flow_through_the_state(features) -> None:
+@pytest.mark.parametrize("causal", [True, False])
+def test_gradients_flow_through_the_state(causal, features) -> None:
     """Truncated back-propagation that is not truncated is the whole gradient."""
-    phi = FEATURES[features]
+    function = ops.causal_linear_attention if causal else ops.linear_attention
     w = torch.randn(2, 30, 3, 5, dtype=torch.float64)
     gradients = []
-    for parts in ([30], [11, 19]):
-        leaves = [x.requires_grad_() for x in make_qkv(30, dtype=torch.float64)]
-        state, out = None, []
-        for chunk in zip(*(x.split(parts, 1) for x in leaves), strict=True):
-            values, state = ops.causal_linear_attention(*chunk, phi, state=state, impl="chunked")
-            out.append(values)
-        gradients.append(torch.autograd.grad((torch.cat(out, 1) * w).sum(), leaves))
+    for impl in ("reference", "chunked"):
+        leaves = [x.requires_grad_() for x in make_qkv(30, dtype=torch.float64, std=2.0)]
+        state, loss, start = None, 0, 0
+        for q, k, v in zip(*(x.split([11, 19], 1) for x in leaves), strict=True):
+            values, state = function(q, k, v, FEATURES[features], state=state, impl=impl)
+            loss = loss + (values * w[:, start : start + q.shape[1]]).sum()
+            start += q.shape[1]
+        gradients.append(torch.autograd.grad(loss, leaves))
     for a, b in zip(*gradients, strict=True):
         torch.testing.assert_close(a, b, **close)
 
