@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
 
 from . import checks, chunked, reference, summed
 from .choose import resolve
-from .features import IDENTITY, Features, sum_dtype
+from .features import IDENTITY, Features, sum_dtype, without_autocast
 from .state import Attended, LinearState, as_state
 from .step import absorb, look_up
 
@@ -54,7 +53,7 @@ def linear_attention(
         TypeError: for inputs or a state of the wrong type or dtype.
         ValueError: for shapes that do not fit, or an ``impl`` that cannot serve the call.
     """
-    with _without_autocast(q):
+    with without_autocast(q):
         features, state = _checked(q, k, v, features, key_mask, state, chunk_size)
         impl = resolve(impl, causal=False, length=q.shape[1], keys=k.shape[1])
         if impl == "chunked":
@@ -92,7 +91,7 @@ def causal_linear_attention(
 
     Arguments, results and errors are those of :func:`linear_attention`.
     """
-    with _without_autocast(q):
+    with without_autocast(q):
         features, state = _checked(q, k, v, features, key_mask, state, chunk_size)
         impl = resolve(impl, causal=True, length=q.shape[1], keys=k.shape[1])
         if impl != "chunked":
@@ -144,7 +143,7 @@ def linear_attention_step(
         TypeError, ValueError: as :func:`linear_attention`.
     """
     features = IDENTITY if features is None else features
-    with _without_autocast(q):
+    with without_autocast(q):
         state = as_state(state, features.exponential)
         if k is None or v is None:
             if state is None:
@@ -174,11 +173,3 @@ def _checked(
     state = as_state(state, features.exponential)
     checks.check_state(state, v, sum_dtype(q, k, v), features.exponential)
     return features, state
-
-
-def _without_autocast(x: Tensor) -> AbstractContextManager[object]:
-    """Sums over the sequence stay in float32 inside an autocast region, too."""
-    device = x.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-        return torch.autocast(device, enabled=False)
-    return nullcontext()

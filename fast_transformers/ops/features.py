@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -69,6 +69,14 @@ def evaluate(
     return pack(function(x), dtype)
 
 
+def without_autocast(x: Tensor) -> AbstractContextManager[object]:
+    """Sums over the sequence stay in float32 inside an autocast region, too."""
+    device = x.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        return torch.autocast(device, enabled=False)
+    return nullcontext()
+
+
 @contextmanager
 def reproducible(features: Features, x: Tensor, ctx: Any, at: slice) -> Iterator[None]:
     """Refuse features that draw random numbers, which the backward pass would draw again.
@@ -102,7 +110,8 @@ def first_order(backward: Callable[..., Any]) -> Callable[..., Any]:
                 "the chunked form has no second derivatives (create_graph=True was given); pass "
                 "impl='reference' to the functions in fast_transformers.ops for this"
             )
-        return backward(ctx, *gradients)
+        with without_autocast(next(g for g in ctx.saved_tensors if g is not None)):
+            return backward(ctx, *gradients)
 
     return checked
 

@@ -18,8 +18,8 @@ class LinearState:
     seen, so that they neither overflow nor underflow: the true sums are ``exp(shift) * kv`` and
     ``exp(shift) * z``.
 
-    Unpacks as the pair that the older library used: ``S, Z = state``. Such a pair (list or
-    tuple) is accepted wherever a state goes in.
+    Unpacks as the pair of true sums that the older library used: ``S, Z = state``. Such a pair
+    (list or tuple) is accepted wherever a state goes in; it lacks the shift and so its range.
 
     Attributes:
         kv: (N, H, F, M) sum of phi(k) v^T. float32; float64 if the inputs are.
@@ -33,13 +33,16 @@ class LinearState:
     shift: Tensor | None = None
 
     def __iter__(self) -> Iterator[Tensor]:
-        return iter((self.kv, self.z))
+        if self.shift is None:
+            return iter((self.kv, self.z))
+        scale = self.shift.exp()
+        return iter((scale[..., None] * self.kv, scale * self.z))
 
     def __len__(self) -> int:
         return 2
 
     def __getitem__(self, index: int) -> Tensor:
-        return (self.kv, self.z)[index]
+        return tuple(self)[index]
 
     def map(self, function: Callable[[Tensor], Tensor]) -> LinearState:
         """A state with ``function`` applied to each tensor: ``state.map(Tensor.detach)``."""

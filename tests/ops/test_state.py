@@ -134,10 +134,10 @@ def test_the_older_pair_goes_in_and_comes_out(features) -> None:
     state = ops.linear_attention_step(q, k, v, phi).state
     S, Z = state
     assert len(state) == 2
-    assert state[0] is S
-    scale = 1 if state.shift is None else state.shift.exp()
-    pair = [S * (scale if state.shift is None else scale[..., None]), Z * scale]
-    a = ops.linear_attention_step(q, k, v, phi, state=pair).values
+    assert torch.equal(state[0], S)
+    factor = 1 if state.shift is None else state.shift.exp()
+    torch.testing.assert_close(Z, factor * state.z, **close)
+    a = ops.linear_attention_step(q, k, v, phi, state=[S, Z]).values
     b = ops.linear_attention_step(q, k, v, phi, state=state).values
     torch.testing.assert_close(a, b, **close)
 
@@ -157,6 +157,18 @@ def test_the_state_is_float32(dtype) -> None:
     for impl in IMPLS:
         out, state = ops.causal_linear_attention(q, k, v, FEATURES["positive"], impl=impl)
         assert (out.dtype, state.kv.dtype, state.z.dtype) == (dtype, torch.float32, torch.float32)
+
+
+def test_autocast_does_not_reach_the_backward_pass() -> None:
+    gradients = []
+    for enabled in (False, True):
+        leaves = [x.requires_grad_() for x in make_qkv(65)]
+        for function in (ops.linear_attention, ops.causal_linear_attention):
+            with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+                function(*leaves, FEATURES["exponential"]).values.square().sum().backward()
+        gradients.append([x.grad for x in leaves])
+    for plain, cast in zip(*gradients, strict=True):
+        torch.testing.assert_close(cast, plain, rtol=0, atol=0)
 
 
 def test_autocast_does_not_reach_the_sums() -> None:
