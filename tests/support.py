@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from fast_transformers import ops
+from fast_transformers.attention import FullAttention
+from fast_transformers.events import Event, EventDispatcher
 
 EPS_FP32 = torch.finfo(torch.float32).eps
 LENGTHS = [1, 2, 63, 64, 65, 131]
@@ -109,3 +111,26 @@ def assert_as_accurate(
     assert actual.isfinite().all()
     error = (actual.double() - exact).abs().max() if exact.numel() else 0.0
     assert error <= budget, f"error {float(error):.1e} over budget {float(budget):.1e}"
+
+
+def make_full(**options) -> FullAttention:
+    return FullAttention(**{"attention_dropout": 0.0, **options})
+
+
+def plain_softmax(
+    q: Tensor, k: Tensor, v: Tensor, keep: Tensor | None = None, temp: float | None = None
+) -> tuple[Tensor, Tensor]:
+    """Values and weights of softmax attention; a query without any key gets 0."""
+    temp = q.shape[-1] ** -0.5 if temp is None else temp
+    logits = temp * torch.einsum("nlhe,nshe->nhls", q, k)
+    if keep is not None:
+        logits = logits.masked_fill(~keep, -torch.inf)
+    weights = logits.softmax(-1).nan_to_num(0.0)
+    return torch.einsum("nhls,nshm->nlhm", weights, v), weights
+
+
+def listen() -> list[Event]:
+    """A list that fills with the events of the default dispatcher."""
+    events = []
+    EventDispatcher.get().listen(Event, events.append)
+    return events

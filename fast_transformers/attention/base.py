@@ -1,0 +1,144 @@
+"""What the attentions of this package are constructed from; none of these computes anything."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..events import EventDispatcher
+from ..feature_maps import build_feature_map
+from ..masking import as_mask, key_padding
+
+
+class KernelAttention(nn.Module):
+    """Base of the linear attentions.
+
+    Args:
+        query_dimensions: E, handed to the feature map's factory.
+        feature_map: a factory that makes phi from E; None is elu(x) + 1.
+        eps: added to the denominator, see :func:`fast_transformers.ops.linear_attention`.
+        event_dispatcher: a dispatcher or its name.
+
+    Raises:
+        TypeError: if ``feature_map`` is no factory of feature maps.
+    """
+
+    def __init__(
+        self,
+        query_dimensions: int,
+        feature_map: Callable[[int], Any] | None = None,
+        eps: float = 1e-6,
+        event_dispatcher: str | EventDispatcher = "",
+    ) -> None:
+        super().__init__()
+        self.feature_map = build_feature_map(feature_map, query_dimensions)
+        self.eps = eps
+        self.event_dispatcher = EventDispatcher.get(event_dispatcher)
+
+
+class SoftmaxAttention(nn.Module):
+    """Base of the softmax attentions.
+
+    Args:
+        softmax_temp: factor of the dot products, default 1/sqrt(E).
+        attention_dropout: share of the weights that training drops.
+        event_dispatcher: a dispatcher or its name.
+    """
+
+    def __init__(
+        self,
+        softmax_temp: float | None = None,
+        attention_dropout: float = 0.1,
+        event_dispatcher: str | EventDispatcher = "",
+    ) -> None:
+        super().__init__()
+        self.softmax_temp = softmax_temp
+        self.dropout = nn.Dropout(attention_dropout)
+        self.event_dispatcher = EventDispatcher.get(event_dispatcher)
+
+    def temperature(self, query: Tensor) -> float:
+        return self.softmax_temp or query.shape[-1] ** -0.5
+
+
+class ConditionalAttention(nn.Module):
+    """Base of the attentions that are softmax attention up to a length, another one beyond.
+
+    Args:
+        other_attention: the attention of long sequences.
+        length_limit: longest L and S that full attention serves.
+        softmax_temp: factor of the dot products, default 1/sqrt(E).
+        attention_dropout: share of the full attention's weights that training drops.
+        event_dispatcher: a dispatcher or its name, of the full attention too.
+    """
+
+    full_class: type[SoftmaxAttention]
+
+    def __init__(
+        self,
+        other_attention: nn.Module,
+        length_limit: int = 512,
+        softmax_temp: float | None = None,
+        attention_dropout: float = 0.1,
+        event_dispatcher: str | EventDispatcher = "",
+    ) -> None:
+        super().__init__()
+        self.full_attention = self.full_class(softmax_temp, attention_dropout, event_dispatcher)
+        self.other_attention = other_attention
+        self.length_limit = length_limit
+        self.event_dispatcher = EventDispatcher.get(event_dispatcher)
+
+
+class ProjectedAttention(nn.Module):
+    """Base of the layers that project to heads, attend, and project back.
+
+    Args:
+        attention: the inner attention.
+        d_model: dimensions of the queries and of the result.
+        n_heads: H.
+        d_keys: E, default ``d_model // n_heads``.
+        d_values: M, default ``d_model // n_heads``.
+        d_model_keys: dimensions of the keys and values, default ``d_model``.
+        event_dispatcher: where events go; a dispatcher or its name.
+        bias: whether the four projections have a bias.
+        rotary: turns queries and keys by their positions before the attention, or None.
+    """
+
+    def __init__(
+        self,
+        attention: Any,
+        d_model: int,
+        n_heads: int,
+        d_keys: int | None = None,
+        d_values: int | None = None,
+        d_model_keys: int | None = None,
+        event_dispatcher: str | EventDispatcher = "",
+        *,
+        bias: bool = True,
+        rotary: nn.Module | None = None,
+    ) -> None:
+        super().__init__()
+        d_keys = d_keys or d_model // n_heads
+        d_values = d_values or d_model // n_heads
+        d_model_keys = d_model_keys or d_model
+        self.inner_attention = attention
+        self.query_projection = nn.Linear(d_model, d_keys * n_heads, bias)
+        self.key_projection = nn.Linear(d_model_keys, d_keys * n_heads, bias)
+        self.value_projection = nn.Linear(d_model_keys, d_values * n_heads, bias)
+        self.out_projection = nn.Linear(d_values * n_heads, d_model, bias)
+        self.n_heads = n_heads
+        self.rotary = rotary
+        self.event_dispatcher = EventDispatcher.get(event_dispatcher)
+
+    def heads(self, projection: nn.Linear, x: Tensor) -> Tensor:
+        """(..., d_model) to (..., H, E)."""
+        return projection(x).unflatten(-1, (self.n_heads, -1))
+
+
+def key_mask(key_lengths: Any, keys: Tensor) -> Tensor | None:
+    """The (N, S) matrix of real keys on their device, or None if all are known to be real."""
+    if key_lengths is None:
+        return None
+    mask = key_padding(as_mask(key_lengths, "key_lengths"), keys.shape[0], keys.shape[1])
+    return None if mask is None else mask.to(keys.device)
