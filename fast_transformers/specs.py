@@ -1,0 +1,141 @@
+"""Feature maps by name, as configurations and command lines write them: ``favor:n_dims=64``."""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from .feature_maps import (
+    ActivationFunctionFeatureMap,
+    Favor,
+    GeneralizedRandomFeatures,
+    RandomFourierFeatures,
+    SmoothedRandomFourierFeatures,
+    build_feature_map,
+    elu_feature_map,
+)
+
+LONGEST_SPEC = 500  # characters
+MOST_FEATURES = 2**16
+
+
+def relu_feature_map(query_dimensions: int) -> ActivationFunctionFeatureMap:
+    """phi(x) = relu(x)."""
+    return ActivationFunctionFeatureMap(query_dimensions, torch.relu)
+
+
+FEATURE_MAPS: dict[str, Callable[..., Any]] = {
+    "elu": elu_feature_map,
+    "relu": relu_feature_map,
+    "favor": Favor,
+    "rff": RandomFourierFeatures,
+    "smoothed-rff": SmoothedRandomFourierFeatures,
+    "generalized": GeneralizedRandomFeatures,
+}
+
+
+class FeatureMapFactory:
+    """What :func:`parse_feature_map` returns: called with the query dimensions, it makes a map.
+
+    Raises:
+        ValueError: when called, if the map refuses the options.
+    """
+
+    def __init__(self, spec: str, make: Callable[..., Any], options: dict[str, Any]) -> None:
+        self.spec, self._make, self._options = spec, make, options
+
+    def __call__(self, query_dimensions: int) -> Any:
+        try:
+            made = self._make(query_dimensions, **self._options)
+            return build_feature_map(lambda _: made, query_dimensions)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(f"feature map {self.spec!r}: {error}") from error
+
+    def __repr__(self) -> str:
+        return f"parse_feature_map({self.spec!r})"
+
+
+def register_feature_map(name: str, make: Callable[..., Any]) -> None:
+    """Make a feature map available in specs.
+
+    Args:
+        name: letters, digits, "-" and "_"; registering a name again replaces it.
+        make: a map class or factory; called with the query dimensions and, as keywords, the
+            options of the spec.
+
+    Raises:
+        ValueError: for a name that a spec could not hold.
+        TypeError: if ``make`` cannot be called.
+    """
+    if not name.replace("-", "").replace("_", "").isalnum():
+        raise ValueError(f"a feature map's name has letters, digits, '-' and '_', got {name!r}")
+    if not callable(make):
+        raise TypeError(f"feature map {name!r} must be a class or a factory, got {make!r}")
+    FEATURE_MAPS[name] = make
+
+
+def parse_feature_map(spec: str) -> FeatureMapFactory:
+    """The factory that ``NAME[:key=value,...]`` stands for; values are Python literals.
+
+    >>> parse_feature_map("favor:n_dims=128, redraw=10")(32).feature_dims
+    128
+
+    Raises:
+        ValueError: for an unknown name or key, or a value that is no literal.
+    """
+    if not isinstance(spec, str) or len(spec) > LONGEST_SPEC:
+        raise ValueError(f"a feature map is NAME[:key=value,...], got {str(spec)[:40]!r}")
+    name, _, text = spec.partition(":")
+    if name not in FEATURE_MAPS:
+        near = difflib.get_close_matches(name, FEATURE_MAPS, n=1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise ValueError(
+            f"unknown feature map {name!r}; {hint}available: {', '.join(FEATURE_MAPS)}"
+        )
+    make = FEATURE_MAPS[name]
+    options = _literals(spec, text)
+    known = _keywords(make)
+    unknown = [key for key in options if known is not None and key not in known]
+    if unknown:
+        has = f"its options are {', '.join(known or [])}" if known else "it has no options"
+        raise ValueError(f"feature map {name!r} has no option {unknown[0]!r}; {has}")
+    features = options.get("n_dims")
+    if isinstance(features, int) and features > MOST_FEATURES:
+        raise ValueError(f"n_dims must be at most {MOST_FEATURES}, got {features}")
+    return FeatureMapFactory(spec, make, options)
+
+
+def _literals(spec: str, text: str) -> dict[str, Any]:
+    """The keyword arguments in ``text``, of which nothing is ever evaluated."""
+    try:
+        call = ast.parse(f"_({text})", mode="eval").body
+        if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name) or call.args:
+            raise ValueError("options are key=value")
+        options = {_key(keyword): ast.literal_eval(keyword.value) for keyword in call.keywords}
+        if len(options) < len(call.keywords):
+            raise ValueError("an option is given twice")
+        return options
+    except (SyntaxError, ValueError, TypeError, MemoryError, RecursionError) as error:
+        raise ValueError(
+            f"feature map {spec!r} cannot be read; write NAME:key=value,... with numbers, True, "
+            "False, None or quoted text as values"
+        ) from error
+
+
+def _key(keyword: ast.keyword) -> str:
+    if keyword.arg is None:
+        raise ValueError("options are key=value")
+    return keyword.arg
+
+
+def _keywords(make: Callable[..., Any]) -> list[str] | None:
+    """Names of the options of a map, all but the query dimensions; None if it takes any."""
+    parameters = list(inspect.signature(make).parameters.values())
+    if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters):
+        return None
+    return [p.name for p in parameters[1:]]
