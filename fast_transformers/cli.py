@@ -13,6 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
+from . import __version__
+
 PROGRAM = "fast-transformers"
 USER_ERRORS = (ValueError, OSError, ImportError, MemoryError)
 
@@ -64,6 +66,7 @@ def make_parser() -> Parser:
         prog=PROGRAM,
         description="Train transformers with linear attention, and generate with them.",
     )
+    parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_train(commands.add_parser("train", help="train a model"))
     _add_generate(commands.add_parser("generate", help="generate with a trained model"))
@@ -73,8 +76,11 @@ def make_parser() -> Parser:
 
 def _add_train(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--data", help="digits, copy, python (its standard library), or a file or folder")
-    add("--out", type=Path, required=True, metavar="RUN", help="folder of the run")
+    add(
+        "--data",
+        help="digits (the default), copy, python (its standard library), or a file or folder",
+    )
+    add("--out", type=Path, metavar="RUN", help="folder of the run, default runs/DATA")
     add("--attention", help="default causal-linear; full is the softmax attention")
     add("--feature-map", metavar="SPEC", help="NAME[:key=value,...], default elu")
     add("--epochs", type=int)
@@ -139,29 +145,27 @@ def train(args: argparse.Namespace) -> int:
     from .hf.training import Interrupted
     from .hf.training import train as train_model
 
+    data = args.data or "digits"
+    run = args.out or Path("runs", Path(data).stem or "data")
     given = {n: v for n, v in vars(args).items() if n in OPTIONS and v is not None}
     if args.resume:
         if args.overwrite:
             raise ValueError("--resume and --overwrite exclude each other")
-        recipe = Recipe.load(args.out)
+        recipe = Recipe.load(run)
         changed = [n for n, v in given.items() if v != getattr(recipe, n)]
         if changed:
             raise ValueError(
-                f"--{changed[0].replace('_', '-')} differs from that of the run in {args.out}; "
+                f"--{changed[0].replace('_', '-')} differs from that of the run in {run}; "
                 "leave it out to resume"
             )
-    elif args.data is None:
-        raise ValueError("--data is missing: digits, copy, python, or a file or folder")
     else:
-        recipe = make_recipe(**given)
+        recipe = make_recipe(**{"data": data, **given})
     try:
-        train_model(recipe, args.out, resume=args.resume, overwrite=args.overwrite)
+        train_model(recipe, run, resume=args.resume, overwrite=args.overwrite)
     except Interrupted as stop:
-        sys.stderr.write(
-            f"{PROGRAM}: {stop}; go on with: {PROGRAM} train --resume --out {args.out}\n"
-        )
+        sys.stderr.write(f"{PROGRAM}: {stop}; go on with: {PROGRAM} train --resume --out {run}\n")
         return 130
-    print(f"saved {args.out}; now: {PROGRAM} generate {args.out}")
+    print(f"saved {run}; now: {PROGRAM} generate {run}")
     return 0
 
 

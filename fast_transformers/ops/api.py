@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import checks, chunked, reference, summed
-from .choose import resolve
+from .choose import FULL_CHUNK, causal_chunk, resolve
 from .features import IDENTITY, Features, sum_dtype, without_autocast
 from .state import Attended, LinearState, as_state
 from .step import absorb, look_up
@@ -26,7 +26,7 @@ def linear_attention(
     state: State = None,
     eps: float = 1e-6,
     impl: str = "auto",
-    chunk_size: int = 256,
+    chunk_size: int | None = None,
 ) -> Attended:
     """Every query attends to every key.
 
@@ -44,7 +44,7 @@ def linear_attention(
         eps: added to the denominator. Exponential features need none and ignore it: their
             denominator is at least 1 in the units it is computed in. 0/0 is 0.
         impl: "auto", or a key of :data:`~fast_transformers.ops.FORMS`, which runs or raises.
-        chunk_size: tokens per chunk of the chunked form.
+        chunk_size: tokens per chunk of the chunked form; None chooses by the length.
 
     Returns:
         values (N, L, H, M) in the dtype of ``v``, and the state that includes ``k`` and ``v``.
@@ -57,6 +57,7 @@ def linear_attention(
         features, state = _checked(q, k, v, features, key_mask, state, chunk_size)
         impl = resolve(impl, causal=False, length=q.shape[1], keys=k.shape[1])
         if impl == "chunked":
+            chunk_size = chunk_size or FULL_CHUNK
             state = summed.accumulate(
                 k, v, features, key_mask=key_mask, state=state, chunk_size=chunk_size
             )
@@ -79,7 +80,7 @@ def causal_linear_attention(
     state: State = None,
     eps: float = 1e-6,
     impl: str = "auto",
-    chunk_size: int = 64,
+    chunk_size: int | None = None,
 ) -> Attended:
     """Query i attends to the keys j <= i.
 
@@ -104,7 +105,7 @@ def causal_linear_attention(
         values, state = chunked.causal(
             q[:, :both], k[:, :both], v[:, :both], features,
             key_mask=None if key_mask is None else key_mask[:, :both],
-            state=state, eps=eps, chunk_size=chunk_size,
+            state=state, eps=eps, chunk_size=chunk_size or causal_chunk(both),
         )  # fmt: skip
         if both < q.shape[1]:
             rest = summed.attend(q[:, both:], state, features, eps=eps)
@@ -163,11 +164,11 @@ def _checked(
     features: Features | None,
     key_mask: Tensor | None,
     state: State,
-    chunk_size: int,
+    chunk_size: int | None,
 ) -> tuple[Features, LinearState | None]:
     checks.check_inputs(q, k, v)
     checks.check_key_mask(key_mask, k)
-    if chunk_size < 1:
+    if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
     features = IDENTITY if features is None else features
     state = as_state(state, features.exponential)

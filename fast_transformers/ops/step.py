@@ -43,7 +43,10 @@ def absorb(
     kappa, shift, decay = key_factors(a, shift)
     if decay is not None:
         kv, z = kv * decay[..., None], z * decay
-    kv, z = torch.baddbmm(kv, kappa.mT, pack(v, dtype)), z + kappa.sum(1)
+    if k.shape[1] == 1:  # generation: an outer product is no work for a matrix product
+        kv, z = torch.addcmul(kv, kappa.mT, pack(v, dtype)), z + kappa[:, 0]
+    else:
+        kv, z = torch.baddbmm(kv, kappa.mT, pack(v, dtype)), z + kappa.sum(1)
     shift = None if shift is None else shift.view_as(state.z)
     return LinearState(kv.view_as(state.kv), z.view_as(state.z), shift)
 
