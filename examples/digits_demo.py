@@ -67,7 +67,7 @@ def table(results: dict[str, Result], speeds: dict[tuple[str, bool], float]) -> 
         ["held-out bits/pixel", *(f"{r.bits[-1]:.3f}" for r in results.values())],
         ["parameters", *(f"{r.model.num_parameters():,}" for r in results.values())],
         ["training, s", *(f"{r.seconds:.0f}" for r in results.values())],
-        ["images/s, token by token", *(f"{speeds[name, True]:.0f}" for name in results)],
+        ["images/s, as RNN or with cache", *(f"{speeds[name, True]:.0f}" for name in results)],
         ["images/s, recomputed", *(f"{speeds[name, False]:.0f}" for name in results)],
     ]
     return tabulate(rows, headers=["", *results], tablefmt="pipe", disable_numparse=True)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import importlib
+from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from torch import nn
 
 PATHS = {
@@ -145,31 +145,9 @@ def test_what_comes_later_says_so() -> None:
         exec("from fast_transformers.attention import ReformerAttention")
 
 
-def test_causal_product() -> None:
-    """As other projects call it: (N, H, L, E), any strides, gradients included."""
-    from fast_transformers.attention.causal_linear_attention import causal_linear
-    from fast_transformers.causal_product import CausalDotProduct, causal_dot_product
-
-    q, k = torch.randn(2, 2, 3, 8, 70, dtype=torch.float64).mT  # last stride is not 1
-    v = torch.randn(2, 3, 70, 5, dtype=torch.float64)
-    expected = (q @ k.mT).tril() @ v
-    torch.testing.assert_close(causal_dot_product(q, k, v), expected)
-    torch.testing.assert_close(CausalDotProduct.apply(q, k, v), expected)
-    torch.testing.assert_close(
-        causal_linear(*(x.transpose(1, 2) for x in (q, k, v))), expected.transpose(1, 2)
-    )
-    product = torch.empty_like(expected)
-    CausalDotProduct.dot["cpu"](q, k, v, product)
-    torch.testing.assert_close(product, expected)
-    leaves = [x.clone().requires_grad_() for x in (q, k, v)]
-    causal_dot_product(*leaves).sum().backward()
-    reference = [x.clone().requires_grad_() for x in (q, k, v)]
-    ((reference[0] @ reference[1].mT).tril() @ reference[2]).sum().backward()
-    for a, b in zip(leaves, reference, strict=True):
-        torch.testing.assert_close(a.grad, b.grad)
-    gradients = [torch.empty_like(x) for x in (q, k, v)]
-    CausalDotProduct.dot_backward["cpu"](q, k, v, torch.ones_like(v), *gradients)
-    torch.testing.assert_close(gradients[1], reference[1].grad)
+def test_the_package_is_typed() -> None:
+    package = importlib.import_module("fast_transformers")
+    assert (Path(str(package.__file__)).parent / "py.typed").is_file()
 
 
 def test_modules_are_modules() -> None:

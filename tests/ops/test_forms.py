@@ -46,15 +46,23 @@ def check(function, features, inputs, **options) -> None:
 @pytest.mark.parametrize("kind", FUNCTIONS)
 def test_chunked_matches_reference(kind, features, length, dtype) -> None:
     inputs = make_qkv(length, dtype=dtype, strided=True)
-    check(FUNCTIONS[kind], FEATURES[features], inputs, impl="chunked")
+    check(FUNCTIONS[kind], FEATURES[features], inputs, impl="chunked", chunk_size=64)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("length", [1, 2, 65])
+@pytest.mark.parametrize("length", [65, 128, 129, 257])
+@pytest.mark.parametrize("features", FEATURES)
+@pytest.mark.parametrize("kind", FUNCTIONS)
+def test_the_default_matches_reference(kind, features, length) -> None:
+    check(FUNCTIONS[kind], FEATURES[features], make_qkv(length))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("length", LENGTHS)
 @pytest.mark.parametrize("features", FEATURES)
 @pytest.mark.parametrize("kind", FUNCTIONS)
 def test_recurrent_matches_reference(kind, features, length, dtype) -> None:
-    check(FUNCTIONS[kind], FEATURES[features], make_qkv(length, dtype=dtype), impl="recurrent")
+    inputs = make_qkv(length, dtype=dtype, strided=True)
+    check(FUNCTIONS[kind], FEATURES[features], inputs, impl="recurrent")
 
 
 @pytest.mark.parametrize("impl", ["chunked", "recurrent"])
