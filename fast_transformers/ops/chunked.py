@@ -121,7 +121,8 @@ class _Causal(torch.autograd.Function):
                 pieces.append(piece)
             layout.append((at, pieces))
         kv_out, z_out, shift_out = sums.unflatten(n)
-        ctx.save_for_backward(key_mask, q, k, v, kv, z, shift, shift_out, out, norm)
+        tensors = (key_mask, q, k, v, kv, z, shift, shift_out, out, norm)
+        ctx.save_for_backward(*tensors, *parameters)  # so that a changed parameter is noticed
         ctx.settings = features, dtype, layout, eps is not None
         if shift_out is not None:
             ctx.mark_non_differentiable(shift_out)
@@ -133,7 +134,7 @@ class _Causal(torch.autograd.Function):
     def backward(
         ctx: Any, d_out: Tensor | None, d_kv: Tensor | None, d_z: Tensor | None, _: Any
     ) -> tuple[Any, ...]:
-        key_mask, q, k, v, kv, z, shift, shift_out, out, norm = ctx.saved_tensors
+        key_mask, q, k, v, kv, z, shift, shift_out, out, norm, *_ = ctx.saved_tensors
         features, dtype, layout, normalised = ctx.settings
         d_out = torch.zeros_like(out) if d_out is None else d_out
         saved = Saved(features, dtype, key_mask, q, k, v, out, norm, d_out, normalised)

@@ -141,7 +141,7 @@ class _Accumulate(torch.autograd.Function):
             if a.shape[1]:
                 sums.add(sums.factors(a), pack(v_chunk, dtype))
         kv_out, z_out, shift_out = sums.unflatten(k.shape[0])
-        ctx.save_for_backward(key_mask, k, v, shift, shift_out)
+        ctx.save_for_backward(key_mask, k, v, shift, shift_out, *parameters)
         ctx.settings = features, chunk_size, dtype, kv is not None
         if shift_out is not None:
             ctx.mark_non_differentiable(shift_out)
@@ -151,7 +151,7 @@ class _Accumulate(torch.autograd.Function):
     @staticmethod
     @first_order
     def backward(ctx: Any, d_kv: Tensor | None, d_z: Tensor | None, _: Any) -> tuple[Any, ...]:
-        key_mask, k, v, shift, shift_out = ctx.saved_tensors
+        key_mask, k, v, shift, shift_out, *_ = ctx.saved_tensors
         features, chunk_size, dtype, continued = ctx.settings
         nothing = (None,) * (8 + len(features.parameters))
         if d_kv is None and d_z is None:
@@ -212,14 +212,14 @@ class _Attend(torch.autograd.Function):
             denominator = (p * sums.z[:, None]).sum(-1, keepdim=True)
             values, norm[:, at] = normalise(p @ sums.kv, denominator, offset, eps)
             out[:, at] = unpack(values, n)
-        ctx.save_for_backward(q, kv, z, shift, out, norm)
+        ctx.save_for_backward(q, kv, z, shift, out, norm, *parameters)
         ctx.settings = features, chunk_size, dtype
         return out
 
     @staticmethod
     @first_order
     def backward(ctx: Any, d_out: Tensor) -> tuple[Any, ...]:
-        q, kv, z, shift, out, norm = ctx.saved_tensors
+        q, kv, z, shift, out, norm, *_ = ctx.saved_tensors
         features, chunk_size, dtype = ctx.settings
         d_parameters: list[Tensor | None] = [None] * len(features.parameters)
         sums = Sums(kv, z, shift)

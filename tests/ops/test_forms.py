@@ -139,6 +139,19 @@ def test_gradients_of_trained_features() -> None:
             torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize("kind", FUNCTIONS)
+def test_weights_changed_before_the_backward_pass_are_noticed(kind) -> None:
+    net = torch.nn.Linear(8, 12)
+    features = ops.Features(
+        lambda x: net(x).exp(), lambda x: net(x).exp(), parameters=tuple(net.parameters())
+    )
+    out = FUNCTIONS[kind](*make_qkv(5), features).values
+    with torch.no_grad():
+        net.weight.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
+
+
 @pytest.mark.parametrize("features", FEATURES)
 @pytest.mark.parametrize("kind", FUNCTIONS)
 def test_gradcheck(kind, features) -> None:
