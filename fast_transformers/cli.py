@@ -93,7 +93,11 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
     add("--length", type=int, help="longest sequence of the copying task, or bytes in a window")
     add("--dropout", type=float)
     add("--weight-decay", type=float)
-    add("--rotary", action="store_true", default=None, help="rotary positions")
+    add(
+        "--rotary",
+        action=argparse.BooleanOptionalAction,
+        help="rotary positions; a model without them has no more positions than it trained on",
+    )
     add("--seed", type=int)
     add("--device", choices=("auto", "cpu", "cuda", "mps"))
     add("--precision", choices=("fp32", "bf16", "fp16"))

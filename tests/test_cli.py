@@ -2,6 +2,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,7 @@ def models(tmp_path_factory):
     train(make_recipe("copy", length=9, batch_size=400, **TINY), folder / "copy")
     text = make_recipe(str(folder / "text.txt"), length=32, **TINY)
     train(text, folder / "bytes")
+    train(replace(text, rotary=False), folder / "positions")
     return folder
 
 
@@ -114,6 +116,8 @@ def test_text(capsys, models):
         assert status == 0, err
         assert out.endswith("\n")
         assert "bytes/s" in err
+    long = ["--length", 50]  # beyond the windows of the training: positions are rotary
+    assert run(capsys, "generate", models / "bytes", *long)[0] == 0
     status, out, _ = run(capsys, "generate", models / "bytes", "--out", "text", "--seed", 3)
     assert (status, out) == (0, "")
     assert len(Path("text").read_text(encoding="utf-8")) > 10
@@ -184,9 +188,9 @@ def test_refuses(capsys, args, text):
         ("digits", ["--out", "no/where.png"], "no such folder"),
         ("copy", ["--length", "5"], "from 1 to 4"),
         ("copy", ["--complete"], "no meaning"),
-        ("bytes", ["--length", "33"], "33 positions"),
+        ("positions", ["--length", "33"], "33 positions"),
         ("bytes", ["--length", "0"], "--length must be"),
-        ("bytes", ["--prompt", "x" * 40], "33 positions"),
+        ("positions", ["--prompt", "x" * 40], "33 positions"),
         ("bytes", ["--prompt", "x", "--prompt-file", "y"], "exclude"),
         ("bytes", ["--prompt-file", "nowhere"], "No such file"),
         ("bytes", ["--class", "1"], "--class has no meaning"),

@@ -151,7 +151,8 @@ def elu_plus_one(x: Tensor) -> Tensor:
 
     Adding 1 to elu(x) = exp(x) - 1 would round to 0 in bfloat16 from x = -6 down.
     """
-    return x.clamp(max=0).exp() + x.relu()
+    positive = x.relu()
+    return (x - positive).exp() + positive
 
 
 def elu_feature_map(query_dims: int) -> ActivationFunctionFeatureMap:
