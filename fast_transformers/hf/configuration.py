@@ -52,7 +52,6 @@ class FastTransformerConfig(PreTrainedConfig):
         "hidden_size": "d_model",
         "num_hidden_layers": "n_layers",
         "num_attention_heads": "n_heads",
-        "max_position_embeddings": "n_positions",
     }
 
     vocab_size: int = 257
