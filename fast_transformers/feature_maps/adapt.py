@@ -70,27 +70,29 @@ def features_of(feature_map: Any) -> Features:
     With gradients enabled the random tensors of the map are copied, so that the backward pass
     recomputes the features of this call even if the map has been redrawn in between.
     """
-    if getattr(feature_map, "exponential", False):
+    exponential = getattr(feature_map, "exponential", False)
+    any_input = getattr(feature_map, "any_input", False)
+    if exponential:
         queries, keys = feature_map.log_queries, feature_map.log_keys
     else:
         queries, keys = feature_map.forward_queries, feature_map.forward_keys
-    any_input = getattr(feature_map, "any_input", False)
+    features = Features(queries, keys, exponential=exponential, any_layout=any_input)
     if not isinstance(feature_map, nn.Module):
-        return Features(queries, keys, any_layout=any_input)
-    weights = list(feature_map.parameters())
-    tensors = [t for t in [*weights, *feature_map.buffers()] if t.is_floating_point()]
-    if torch.is_grad_enabled():
-        frozen = _frozen_tensors(feature_map)
-        if frozen:
-            queries, keys = _WithTensors(queries, frozen), _WithTensors(keys, frozen)
-    return Features(
-        queries,
-        keys,
-        exponential=getattr(feature_map, "exponential", False),
-        parameters=tuple(p for p in weights if p.requires_grad),
-        dtype=tensors[0].dtype if tensors and not any_input else None,
-        any_layout=any_input,
-    )
+        return features
+    if not any_input:
+        own = [*feature_map.parameters(), *feature_map.buffers()]
+        features = features._replace(
+            dtype=next((t.dtype for t in own if t.is_floating_point()), None)
+        )
+    if not torch.is_grad_enabled():
+        return features
+    frozen = _frozen_tensors(feature_map)
+    if frozen:
+        features = features._replace(
+            queries=_WithTensors(queries, frozen), keys=_WithTensors(keys, frozen)
+        )
+    weights = (p for p in feature_map.parameters() if p.requires_grad)
+    return features._replace(parameters=tuple(weights))
 
 
 _Frozen = list[tuple[dict[str, Any], str, Tensor]]  # where a tensor lives, its name, its copy

@@ -148,3 +148,29 @@ def test_activation_map() -> None:
     torch.testing.assert_close(feature_map.kernel(x, y), (x.relu() * y.relu()).sum(-1))
     assert feature_map.feature_dims == 4
     assert list(feature_map.state_dict()) == []
+
+
+class NoModule:
+    """The methods of a map are enough; here with exponential features."""
+
+    exponential = True
+
+    def new_feature_map(self):  # type: ignore[no-untyped-def]
+        pass
+
+    def log_keys(self, x):  # type: ignore[no-untyped-def]
+        return x
+
+    log_queries = log_keys
+
+    def forward_keys(self, x):  # type: ignore[no-untyped-def]
+        return x.exp()
+
+    forward_queries = forward_keys
+
+
+def test_a_map_need_not_be_a_module() -> None:
+    inputs = make_qkv(5, dtype=torch.float64)
+    attention = LinearAttention(8, lambda dims: NoModule())
+    expected = ops.linear_attention(inputs[0].exp(), inputs[1].exp(), inputs[2], eps=0.0).values
+    torch.testing.assert_close(attention(*inputs, None, None, None), expected)

@@ -71,14 +71,26 @@ def test_favor_has_the_variance_of_the_paper(kind, norm) -> None:
 
 
 @pytest.mark.parametrize("kind", PAIRS)
-def test_fourier_features_have_the_variance_of_the_formula(kind) -> None:
-    """(1 - exp(-d))^2 / 2 per direction, d = |x - y|^2 (Rahimi and Recht's features)."""
+@pytest.mark.parametrize("cls", [RandomFourierFeatures, SmoothedRandomFourierFeatures])
+def test_fourier_features_have_the_variance_of_the_formula(cls, kind) -> None:
+    """(1 - exp(-d))^2 / 2 per direction, d = |x - y|^2; a constant feature adds none."""
     x, y = pair(kind, 16, norm=0.8)
-    feature_map = RandomFourierFeatures(16, n_dims=64).double()
+    feature_map = cls(16, n_dims=64 + (cls is SmoothedRandomFourierFeatures)).double()
     found = estimates(feature_map, x, y, 4000)
     distance = float((x - y).square().sum() / 4)
     expected = (1 - math.exp(-distance)) ** 2 / 2 / 32
     assert float(found.var(0)) == pytest.approx(expected, rel=0.2, abs=1e-12)
+
+
+@pytest.mark.parametrize("kind", PAIRS)
+def test_generalized_features_have_the_variance_of_independent_terms(kind) -> None:
+    """n_dims times that of relu(w.x) relu(w.y), estimated from many w of the test's own."""
+    x, y = pair(kind, 16, norm=0.8)
+    feature_map = GeneralizedRandomFeatures(16, n_dims=64, orthogonal=False).double()
+    found = estimates(feature_map, x, y, 4000)
+    w = torch.randn(400_000, 16, dtype=torch.float64)
+    terms = (w @ x).relu() * (w @ y).relu()
+    assert float(found.var(0)) == pytest.approx(64 * float(terms.var()), rel=0.2, abs=1e-12)
 
 
 @pytest.mark.parametrize("kind", ["random", "equal"])
