@@ -81,7 +81,7 @@ def generate(
             f"{model.config.n_positions} positions; ask for fewer"
         )
     options: dict[str, Any] = {
-        "max_length": length,
+        "max_new_tokens": count,
         "use_cache": sampling.use_cache,
         "streamer": streamer,
         "do_sample": sampling.temperature > 0,

@@ -126,7 +126,7 @@ def load_model(run: Path) -> FastTransformerForCausalLM:
 def generation_defaults(config: FastTransformerConfig, never: Sequence[int]) -> GenerationConfig:
     """What ``generate`` does unless told otherwise; ``never`` are tokens that do not come out."""
     return GenerationConfig(
-        max_length=config.n_positions,
+        max_new_tokens=config.n_positions - 1,  # after the first token of a sequence
         suppress_tokens=list(never),
         bos_token_id=config.bos_token_id,
         pad_token_id=config.pad_token_id,
