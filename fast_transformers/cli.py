@@ -169,7 +169,8 @@ def train(args: argparse.Namespace) -> int:
     except Interrupted as stop:
         sys.stderr.write(f"{PROGRAM}: {stop}; go on with: {PROGRAM} train --resume --out {run}\n")
         return 130
-    print(f"saved {run}; now: {PROGRAM} generate {run}")
+    if os.environ.get("RANK", "0") == "0":  # of several processes, one speaks
+        print(f"saved {run}; now: {PROGRAM} generate {run}")
     return 0
 
 

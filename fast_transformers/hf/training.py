@@ -71,13 +71,15 @@ def train(
     model.generation_config = generation_defaults(model.config, NEVER[task.description["kind"]])
     check_causal(model)
     checkpoint = newest_checkpoint(run) if resume else None
-    if resume:
-        drop_incomplete(run)
-    else:
-        prepare_folder(run, overwrite=overwrite)
-        recipe.save(run)
+    arguments = _arguments(recipe, run, device, bar)
+    if arguments.process_index == 0:
+        if resume:
+            drop_incomplete(run)
+        else:
+            prepare_folder(run, overwrite=overwrite)
+            recipe.save(run)
     logging.disable_progress_bar()  # of loading and saving: they take no time
-    trainer = _trainer(recipe, run, device, model, task, bar)
+    trainer = BitsTrainer(run, task, bar, arguments, model=model)
     with _stop_requests(trainer.stop):
         try:
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
@@ -87,7 +89,8 @@ def train(
             raise ValueError(f"{checkpoint} cannot be resumed from: {error}") from error
     if trainer.stop.requested:
         raise Interrupted(f"stopped after step {trainer.state.global_step}")
-    model.save_pretrained(run)
+    if arguments.process_index == 0:
+        model.save_pretrained(run)
     return model.eval()
 
 
@@ -105,28 +108,25 @@ def check_causal(model: FastTransformerForCausalLM) -> None:
 class BitsTrainer(Trainer):
     """The Trainer of transformers, with the callbacks of a run."""
 
-    def __init__(self, run: Path, unit: str, bar: bool, **kwargs: Any) -> None:
+    def __init__(self, run: Path, task: Task, bar: bool, args: TrainingArguments, **kw: Any):
         self.stop = StopOnRequest()
+        reports = [Epochs(run, task.unit, bar)] if args.process_index == 0 else []
         super().__init__(
-            callbacks=[Epochs(run, unit, bar), Schedules(), self.stop],
+            args=args,
+            train_dataset=task.train,
+            eval_dataset=task.held_out,
+            callbacks=[*reports, Schedules(), self.stop],
             data_collator=whole_batch,
             preprocess_logits_for_metrics=count_nats,
             compute_metrics=bits_per_dimension,
-            **kwargs,
+            **kw,
         )
         self.remove_callback(ProgressCallback)
         self.remove_callback(PrinterCallback)
 
 
-def _trainer(
-    recipe: Recipe,
-    run: Path,
-    device: str,
-    model: FastTransformerForCausalLM,
-    task: Task,
-    bar: bool,
-) -> BitsTrainer:
-    arguments = TrainingArguments(
+def _arguments(recipe: Recipe, run: Path, device: str, bar: bool) -> TrainingArguments:
+    return TrainingArguments(
         output_dir=str(run),
         num_train_epochs=recipe.epochs,
         per_device_train_batch_size=recipe.batch_size,
@@ -148,16 +148,8 @@ def _trainer(
         disable_tqdm=not bar,
         dataloader_pin_memory=device == "cuda",
         remove_unused_columns=False,
+        ddp_find_unused_parameters=False,
         use_cache=True,  # a note for config.json; training has no cache
-    )
-    return BitsTrainer(
-        run,
-        task.unit,
-        bar,
-        model=model,
-        args=arguments,
-        train_dataset=task.train,
-        eval_dataset=task.held_out,
     )
 
 

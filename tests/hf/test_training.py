@@ -297,3 +297,23 @@ def test_ctrl_c_in_a_process(tmp_path):
     step = re.search(r"step (\d+)", line)[1]
     assert newest_checkpoint(tmp_path / "run").name == f"checkpoint-{step}"
     assert "Traceback" not in out + err
+
+
+def test_two_processes_train_one_run(tmp_path):
+    """As torchrun starts them: one folder, one row an epoch, random features alike."""
+    flags = ["--data", "copy", "--length", "9", "--epochs", "2", "--batch-size", "200"]
+    flags += ["--layers", "1", "--dim", "16", "--heads", "2", "--device", "cpu"]
+    flags += ["--feature-map", "favor", "--out", str(tmp_path / "run")]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    done = subprocess.run(
+        [*launch, "--nproc-per-node=2", "-m", "fast_transformers", "train", *flags],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("saved") == 1
+    rows = (tmp_path / "run" / "metrics.csv").read_text().splitlines()
+    assert len(rows) == 3
+    load_model(tmp_path / "run")
