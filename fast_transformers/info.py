@@ -13,6 +13,7 @@ from . import __version__, ops
 from .builders import AttentionBuilder, RecurrentAttentionBuilder
 from .specs import parse_feature_map
 
+CONDITIONAL_LIMIT = 512  # the default length_limit of the conditional attention
 EXTRAS = ("transformers", "accelerate", "safetensors", "scikit-learn", "matplotlib", "triton")
 
 
@@ -47,15 +48,33 @@ def report(
     yield from _devices()
     yield from about
     if shape is not None:
-        n, length, keys, heads, query_dims, value_dims = shape
-        kind = "causal linear" if causal else "linear"
         yield ""
-        yield (
-            f"{kind} attention, queries ({n}, {length}, {heads}, {query_dims}), keys "
-            f"({n}, {keys}, {heads}, {query_dims}), values ({n}, {keys}, {heads}, {value_dims}):"
-        )
-        for impl, answer in ops.explain(causal=causal, length=length, keys=keys).items():
-            yield f"  {impl:<10} {answer}"
+        yield from _paths(shape, causal, attention or "linear")
+
+
+def _paths(shape: Sequence[int], causal: bool, attention: str) -> Iterator[str]:
+    """Which code path serves a call with these shapes, and why not the others."""
+    n, length, keys, heads, query_dims, value_dims = shape
+    outer, _, inner = attention.partition(":")
+    softmax = outer == "full"
+    if outer == "conditional-full":
+        softmax = max(length, keys) <= CONDITIONAL_LIMIT
+        outer = "full" if softmax else inner
+    causal = causal or outer == "causal-linear"
+    yield (
+        f"{'causal ' * causal}{'softmax' if softmax else 'linear'} attention, queries "
+        f"({n}, {length}, {heads}, {query_dims}), keys ({n}, {keys}, {heads}, {query_dims}), "
+        f"values ({n}, {keys}, {heads}, {value_dims}):"
+    )
+    if softmax:
+        answers = {
+            "sdpa": "chosen: scaled_dot_product_attention of PyTorch",
+            "matrix": "no: nobody listens for AttentionEvent, which needs the L x S matrix",
+        }
+    else:
+        answers = ops.explain(causal=causal, length=length, keys=keys)
+    for impl, answer in answers.items():
+        yield f"  {impl:<10} {answer}"
 
 
 def _attention(name: str) -> str:

@@ -11,8 +11,6 @@ from torch import nn
 from fast_transformers import builders
 from fast_transformers.builders import (
     AttentionBuilder,
-    RecurrentAttentionBuilder,
-    RecurrentCrossAttentionBuilder,
     RecurrentDecoderBuilder,
     RecurrentEncoderBuilder,
     TransformerDecoderBuilder,
@@ -27,15 +25,8 @@ from fast_transformers.builders.transformer_builders import (
 )
 from fast_transformers.events import EventDispatcher
 from fast_transformers.feature_maps import Favor
+from tests.models import ATTENTION, DECODERS, ENCODERS, MODELS, SMALL
 
-ATTENTION = [AttentionBuilder, RecurrentAttentionBuilder, RecurrentCrossAttentionBuilder]
-ENCODERS = [TransformerEncoderBuilder, RecurrentEncoderBuilder]
-DECODERS = [TransformerDecoderBuilder, RecurrentDecoderBuilder]
-MODELS = [*ENCODERS, *DECODERS]
-SMALL = {
-    "n_layers": 2, "n_heads": 2, "query_dimensions": 6, "value_dimensions": 5,
-    "feed_forward_dimensions": 7,
-}  # fmt: skip
 DEFAULTS = {
     "n_layers": 4, "n_heads": 4, "query_dimensions": 64, "value_dimensions": 64,
     "model_dimensions": 256, "feed_forward_dimensions": 1024, "dropout": 0.1,

@@ -9,25 +9,9 @@ import pytest
 import torch
 from torch import nn
 
-from fast_transformers.builders import (
-    AttentionBuilder,
-    RecurrentAttentionBuilder,
-    RecurrentCrossAttentionBuilder,
-    RecurrentDecoderBuilder,
-    RecurrentEncoderBuilder,
-    TransformerDecoderBuilder,
-    TransformerEncoderBuilder,
-)
+from fast_transformers.builders import TransformerEncoderBuilder
 from fast_transformers.feature_maps import Favor, elu_feature_map
-
-ATTENTION = [AttentionBuilder, RecurrentAttentionBuilder, RecurrentCrossAttentionBuilder]
-ENCODERS = [TransformerEncoderBuilder, RecurrentEncoderBuilder]
-DECODERS = [TransformerDecoderBuilder, RecurrentDecoderBuilder]
-MODELS = [*ENCODERS, *DECODERS]
-SMALL = {
-    "n_layers": 2, "n_heads": 2, "query_dimensions": 6, "value_dimensions": 5,
-    "feed_forward_dimensions": 7,
-}  # fmt: skip
+from tests.models import ATTENTION, DECODERS, ENCODERS, MODELS, SMALL
 
 
 @pytest.mark.parametrize("make", MODELS)

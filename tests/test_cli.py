@@ -131,7 +131,24 @@ def test_info(capsys):
     assert f"torch             {torch.__version__}" in out
     assert "causal linear attention, queries (2, 100, 4, 16)" in out
     assert "16 dimensions to 6 features" in out
-    assert "chosen" in out
+    assert "chunked    chosen" in out
+
+
+@pytest.mark.parametrize(
+    ("attention", "length", "kind", "path"),
+    [
+        ("full", 900, "softmax", "sdpa"),
+        ("conditional-full:causal-linear", 512, "softmax", "sdpa"),
+        ("conditional-full:causal-linear", 513, "causal linear", "chunked"),
+        ("linear", 900, "linear", "chunked"),
+    ],
+)
+def test_info_explains_the_attention_it_was_asked_about(capsys, attention, length, kind, path):
+    shape = f"1,{length},{length},2,8,8"
+    status, out, _ = run(capsys, "info", "--shape", shape, "--attention", attention)
+    assert status == 0
+    assert f"\n{kind} attention, queries" in out
+    assert re.search(rf"  {path} +chosen: ", out)
 
 
 @pytest.mark.parametrize(
@@ -154,8 +171,14 @@ def test_info(capsys):
         (["train", "--out", "x", "--data", "copy", "--feature-map", "favor:d=3"], "n_dims"),
         (["train", "--out", "x", "--data", "copy", "--device", "abacus"], "invalid choice"),
         (["train", "--out", "x", "--data", "copy", "--precision", "fp16"], "fp16 needs"),
-        (["train", "--out", "file/x", "--data", "copy"], "file"),
-        (["train", "--out", "file", "--data", "copy"], "file"),
+        (["train", "--out", "file/x", "--data", "copy"], "must be a folder that can be written"),
+        (["train", "--out", "file", "--data", "copy"], "must be a folder that can be written"),
+        (["train", "--out", "x", "--data", "empty"], "no bytes to train on; name a file"),
+        pytest.param(
+            ["train", "--out", "x", "--data", "/proc/self/mem"],
+            "cannot be read",
+            marks=pytest.mark.skipif(not Path("/proc/self/mem").exists(), reason="Linux only"),
+        ),
         (["generate", "nowhere"], "no trained model"),
         (["generate", "empty"], "no trained model"),
         (["info", "--shape", "1,2,3"], "six numbers"),

@@ -126,8 +126,9 @@ def split_in_pairs(name: str, query_dimensions: int, n_dims: int | None) -> int:
     features = query_dimensions if n_dims is None else n_dims
     if features < 2 or features % 2:
         origin = " (from query_dimensions)" if n_dims is None else ""
+        nearest = max(features // 2 * 2, 2)
         raise ValueError(
             f"n_dims of {name} must be even and at least 2, as features come in pairs, got "
-            f"{features}{origin}; the older library used {max(features // 2, 1) * 2} for it"
+            f"{features}{origin}; pass n_dims={nearest}"
         )
     return features

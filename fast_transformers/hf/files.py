@@ -33,19 +33,24 @@ def read_bytes(data: str, most: int = MOST_BYTES) -> bytes:
     elif root.is_dir():
         files = _regular_files(root, suffix)
     elif root.exists():
-        raise ValueError(f"{data}: neither a file nor a folder")
+        raise ValueError(f"data {data}: neither a file nor a folder; name one with text")
     else:
         raise FileNotFoundError(
-            f"{data}: no such file or folder; data is digits, copy, python or a path"
+            f"data {data}: no such file or folder; data is digits, copy, python or a path"
         )
     content = bytearray()
-    for file in files:
-        with file.open("rb") as stream:
-            content += stream.read(most - len(content))
-        if len(content) >= most:
-            break
+    try:
+        for file in files:
+            with file.open("rb") as stream:
+                content += stream.read(most - len(content))
+            if len(content) >= most:
+                break
+    except OSError as error:
+        raise OSError(
+            f"data {data}: cannot be read: {error}; check its permissions, or name another path"
+        ) from error
     if not content:
-        raise ValueError(f"{data}: no bytes to train on")
+        raise ValueError(f"data {data}: no bytes to train on; name a file or folder with text")
     return bytes(content)
 
 

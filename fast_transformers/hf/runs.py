@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -43,7 +44,14 @@ def prepare_folder(run: Path, *, overwrite: bool) -> None:
         ValueError: if there is something in the folder and ``overwrite`` is not set.
         OSError: if the folder cannot be written.
     """
-    run.mkdir(parents=True, exist_ok=True)
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=run):
+            pass
+    except OSError as error:
+        raise OSError(
+            f"out {run}: must be a folder that can be written: {error}; name another"
+        ) from error
     if any(run.iterdir()) and not overwrite:
         raise ValueError(
             f"{run} is not empty; pass --resume to go on, or --overwrite to start anew"

@@ -215,9 +215,9 @@ def test_any_dtype(cls, dtype) -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: RandomFourierFeatures(8, 5), "must be even and at least 2.*got 5.*used 4"),
-        (lambda: Favor(8, 0), "must be even and at least 2.*got 0"),
-        (lambda: Favor(7), r"got 7 \(from query_dimensions\)"),
+        (lambda: RandomFourierFeatures(8, 5), "must be even and at least 2.*got 5; pass n_dims=4"),
+        (lambda: Favor(8, 0), "must be even and at least 2.*got 0; pass n_dims=2"),
+        (lambda: Favor(7), r"got 7 \(from query_dimensions\); pass n_dims=6"),
         (lambda: SmoothedRandomFourierFeatures(8, 2), "at least 3, a pair and the constant"),
         (lambda: SmoothedRandomFourierFeatures(8, smoothing=-1.0), "smoothing.*>= 0, got -1"),
         (lambda: GeneralizedRandomFeatures(8, -2), "at least 1, got -2"),
