@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from .ops import checks, chunked
+from .ops import checks, stream
 from .ops.features import IDENTITY, without_autocast
 
 
@@ -34,7 +34,7 @@ def causal_dot_product(Q: Tensor, K: Tensor, V: Tensor) -> Tensor:
             f"Q and K must have one length, got {q.shape[1]} and {k.shape[1]}; cut or pad them"
         )
     with without_autocast(Q):
-        out, _ = chunked.causal(
+        out, _ = stream.causal(
             q, k, v, IDENTITY, key_mask=None, state=None, eps=0.0, chunk_size=64, normalised=False
         )
     return out.to(v.dtype).transpose(1, 2)

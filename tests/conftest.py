@@ -29,6 +29,6 @@ def _poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
 
         return poisoned
 
-    for module in (ops.chunked, ops.chunked_backward, ops.summed):
+    for module in (ops.chunked_backward, ops.summed):
         monkeypatch.setattr(module.torch, "empty_like", poison(torch.empty_like))
     monkeypatch.setattr(torch.Tensor, "new_empty", poison(torch.Tensor.new_empty))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import Features
-from .base import elu_feature_map
+from .base import FeatureMap, elu_feature_map
 
 
 def build_feature_map(factory: Callable[[int], Any] | None, query_dimensions: int) -> Any:
@@ -77,6 +77,18 @@ def features_of(feature_map: Any) -> Features:
     else:
         queries, keys = feature_map.forward_queries, feature_map.forward_keys
     features = Features(queries, keys, exponential=exponential, any_layout=any_input)
+    formula = feature_map.formula() if isinstance(feature_map, FeatureMap) else None
+    if formula is not None:
+        features = features._replace(formula=formula)
+        if formula.projection is None or not torch.is_grad_enabled():
+            return features
+        copy = formula.projection.detach().clone()
+        frozen = [(feature_map._buffers, "omega", copy)]
+        return features._replace(
+            formula=formula._replace(projection=copy),
+            queries=_WithTensors(queries, frozen),
+            keys=_WithTensors(keys, frozen),
+        )
     if not isinstance(feature_map, nn.Module):
         return features
     if not any_input:

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..ops import Formula
+
 
 class _Factory:
     """What :meth:`FeatureMap.factory` returns; unlike a closure it can be pickled."""
@@ -21,6 +23,9 @@ class _Factory:
     def __repr__(self) -> str:
         options = [repr(a) for a in self._args] + [f"{k}={v!r}" for k, v in self._kwargs.items()]
         return f"{self._cls.__name__}.factory({', '.join(options)})"
+
+
+_FORMULAS = ("forward", "forward_queries", "forward_keys", "log_queries", "log_keys", "project")
 
 
 class FeatureMap(nn.Module):
@@ -57,6 +62,8 @@ class FeatureMap(nn.Module):
         redefined = any(f"forward{part}" in own for part in ("", "_queries", "_keys"))
         if redefined and not any(name in own for name in ("log_queries", "log_keys")):
             cls.exponential = False  # the inherited logarithms are those of other features
+        if "formula" not in own and any(name in own for name in _FORMULAS):
+            cls.formula = FeatureMap.formula  # the inherited name is that of other features
 
     def new_feature_map(self, device: torch.device | None = None) -> None:
         """Draw new random parameters, if the map has any.
@@ -92,6 +99,13 @@ class FeatureMap(nn.Module):
     def kernel(self, x: Tensor, y: Tensor) -> Tensor:
         """The kernel that phi(x).phi(y) is, or approximates: (..., E), (..., E) to (...)."""
         raise NotImplementedError(f"{type(self).__name__} does not say what it approximates")
+
+    def formula(self) -> Formula | None:
+        """The map by the name under which the operators know it; None if they do not.
+
+        They evaluate and differentiate such a map themselves, faster than through its methods.
+        """
+        return None
 
     @property
     def feature_dims(self) -> int:
@@ -142,6 +156,10 @@ class ActivationFunctionFeatureMap(FeatureMap):
     def forward(self, x: Tensor) -> Tensor:
         return self.activation_function(x)
 
+    def formula(self) -> Formula | None:
+        kinds = (kind for function, kind in _KINDS if function is self.activation_function)
+        return next(map(Formula, kinds), None)
+
     def kernel(self, x: Tensor, y: Tensor) -> Tensor:
         return (self(x) * self(y)).sum(-1)
 
@@ -153,6 +171,13 @@ def elu_plus_one(x: Tensor) -> Tensor:
     """
     positive = x.relu()
     return (x - positive).exp() + positive
+
+
+_KINDS = (
+    (elu_plus_one, "elu_plus_one"),
+    (torch.relu, "relu"),
+    (nn.functional.relu, "relu"),
+)
 
 
 def elu_feature_map(query_dims: int) -> ActivationFunctionFeatureMap:

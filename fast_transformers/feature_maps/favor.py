@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from ..ops import Formula
 from .random import RandomFeatureMap, split_in_pairs
 
 
@@ -70,6 +71,9 @@ class Favor(RandomFeatureMap):
         x, u = self.project(x)
         offset = x.square().sum(-1, keepdim=True) / 2 + math.log(self.n_dims) / 2
         return torch.cat([u - offset, -u - offset], -1)
+
+    def formula(self) -> Formula:
+        return Formula("hyperbolic", self.omega, (self.softmax_temp,))
 
     def kernel(self, x: Tensor, y: Tensor) -> Tensor:
         return (self.softmax_temp * (x * y).sum(-1)).exp()

@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from ..ops import Formula
 from .random import RandomFeatureMap, split_in_pairs
 
 
@@ -57,6 +58,9 @@ class RandomFourierFeatures(RandomFeatureMap):
 
     def forward(self, x: Tensor) -> Tensor:
         return _trigonometric(self.project(x)[1]).to(x.dtype)
+
+    def formula(self) -> Formula:
+        return Formula("fourier", self.omega, (self.softmax_temp,))
 
     def kernel(self, x: Tensor, y: Tensor) -> Tensor:
         return _gaussian_kernel(x, y, self.softmax_temp)
@@ -114,6 +118,9 @@ class SmoothedRandomFourierFeatures(RandomFeatureMap):
         phi = _trigonometric(self.project(x)[1])
         constant = phi.new_full((*phi.shape[:-1], 1), math.sqrt(self.smoothing))
         return torch.cat([phi, constant], -1).to(x.dtype)
+
+    def formula(self) -> Formula:
+        return Formula("smoothed_fourier", self.omega, (self.softmax_temp, self.smoothing))
 
     def kernel(self, x: Tensor, y: Tensor) -> Tensor:
         return _gaussian_kernel(x, y, self.softmax_temp) + self.smoothing

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from ..ops import Formula
 from .random import RandomFeatureMap
 
 
@@ -58,6 +59,11 @@ class GeneralizedRandomFeatures(RandomFeatureMap):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.kernel_fn(self.project(x)[1]).to(x.dtype)
+
+    def formula(self) -> Formula | None:
+        if self.kernel_fn not in (torch.relu, torch.nn.functional.relu):
+            return None
+        return Formula("projected_relu", self.omega, (self.softmax_temp,))
 
     def kernel(self, x: Tensor, y: Tensor) -> Tensor:
         """F E[f(w.x') f(w.y')], w ~ N(0, I).

@@ -25,6 +25,7 @@ over all keys (:func:`linear_attention`) or over the keys j <= i
 from .api import causal_linear_attention, linear_attention, linear_attention_step
 from .choose import FORMS, explain, why_not
 from .features import Features
+from .kinds import Formula
 from .state import Attended, LinearState
 
 __all__ = [
@@ -32,6 +33,7 @@ __all__ = [
     "Attended",
     "Features",
     "LinearState",
+    "Formula",
     "causal_linear_attention",
     "explain",
     "linear_attention",

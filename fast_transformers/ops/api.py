@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import checks, chunked, reference, summed
-from .choose import FULL_CHUNK, causal_chunk, resolve
+from . import checks, reference, stream
+from .choose import resolve
 from .features import IDENTITY, Features, sum_dtype, without_autocast
 from .state import Attended, LinearState, as_state
 from .step import absorb, look_up
@@ -57,11 +57,10 @@ def linear_attention(
         features, state = _checked(q, k, v, features, key_mask, state, chunk_size)
         impl = resolve(impl, causal=False, length=q.shape[1], keys=k.shape[1])
         if impl == "chunked":
-            chunk_size = chunk_size or FULL_CHUNK
-            state = summed.accumulate(
+            state = stream.accumulate(
                 k, v, features, key_mask=key_mask, state=state, chunk_size=chunk_size
             )
-            values = summed.attend(q, state, features, eps=eps, chunk_size=chunk_size)
+            values = stream.attend(q, state, features, eps=eps, chunk_size=chunk_size)
         else:
             form = reference.quadratic if impl == "reference" else reference.recurrent
             values, state = form(
@@ -102,13 +101,13 @@ def causal_linear_attention(
             )
             return Attended(values.to(v.dtype), state)
         both = min(q.shape[1], k.shape[1])
-        values, state = chunked.causal(
+        values, state = stream.causal(
             q[:, :both], k[:, :both], v[:, :both], features,
             key_mask=None if key_mask is None else key_mask[:, :both],
-            state=state, eps=eps, chunk_size=chunk_size or causal_chunk(both),
+            state=state, eps=eps, chunk_size=chunk_size,
         )  # fmt: skip
         if both < q.shape[1]:
-            rest = summed.attend(q[:, both:], state, features, eps=eps)
+            rest = stream.attend(q[:, both:], state, features, eps=eps, chunk_size=chunk_size)
             values = torch.cat([values, rest], 1)
         return Attended(values.to(v.dtype), state)
 
@@ -144,6 +143,7 @@ def linear_attention_step(
         TypeError, ValueError: as :func:`linear_attention`.
     """
     features = IDENTITY if features is None else features
+    checks.check_projection(features, q)
     with without_autocast(q):
         state = as_state(state, features.exponential)
         if k is None or v is None:
@@ -152,9 +152,10 @@ def linear_attention_step(
         else:
             checks.check_inputs(q, k, v, dim=3)
             checks.check_state(state, v, sum_dtype(q, k, v), features.exponential)
-            state = absorb(k[:, None], v[:, None], features, state=state)
-        values = look_up(q[:, None], state, features, eps=eps)
-        return Attended(values[:, 0].to(q.dtype), state)
+            dtype = sum_dtype(q, k, v)
+            state = absorb(k, v, features, state=state, dtype=dtype)
+        values = look_up(q, state, features, eps=eps)
+        return Attended(values.to(q.dtype), state)
 
 
 def _checked(
@@ -171,6 +172,8 @@ def _checked(
     if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
     features = IDENTITY if features is None else features
+    checks.check_projection(features, q)
+    checks.check_projection(features, k)
     state = as_state(state, features.exponential)
     checks.check_state(state, v, sum_dtype(q, k, v), features.exponential)
     return features, state

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .features import Features
 from .state import LinearState
 
 _LAYOUT = {4: "(N, length, H, dim)", 3: "(N, H, dim)"}
@@ -44,6 +45,16 @@ def check_inputs(q: Tensor, k: Tensor, v: Tensor, dim: int = 4) -> None:
         raise ValueError(
             f"values must have as many rows as keys ({k.shape[1]}), got {v.shape[1]}; "
             "pad both, or cut both, before the call"
+        )
+
+
+def check_projection(features: Features, x: Tensor) -> None:
+    """A map with a projection fits the inputs; a user's own function says so itself."""
+    projection = None if features.formula is None else features.formula.projection
+    if projection is not None and x.shape[-1] != projection.shape[0]:
+        raise ValueError(
+            f"the feature map was made for {projection.shape[0]} query dimensions, got inputs of "
+            f"{x.shape[-1]}; make it with query_dimensions={x.shape[-1]}"
         )
 
 

@@ -6,141 +6,183 @@ everything before it,
     A = tril(p kappa^T),   out = (p S + A v) / (p.z + rowsum(A)),
     S += kappa^T v,        z += sum(kappa)
 
-so time and memory are linear in the length. Features are recomputed chunk by chunk in the
-backward pass, which sweeps forward for the queries (they need the sums of the past) and in
-reverse for keys and values (they need the sums of the future): with P the normalised query
-factors, G = do v^T - delta and delta = do.out,
-
-    d(query feature)_t = S do_t - delta_t z + sum_{j<=t} G_tj kappa_j
-    d(key feature)_j   = R v_j - r + sum_{t>=j} G_tj P_t,        R = sum_t P_t do_t^T,
-    dv_j               = R^T kappa_j + sum_{t>=j} (P_t.kappa_j) do_t,   r = sum_t P_t delta_t
-
-What :mod:`.scaling` takes out of exponential features cancels here as it does forward.
+so time and memory are linear in the length. What :mod:`.scaling` takes out of exponential
+features is the same for a whole block of chunks (see :mod:`.layout`), unless its keys differ too
+much: then it is worked in halves. The backward pass is in :mod:`.chunked_backward`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .checks import check_widths
-from .chunked_backward import Future, Layout, Saved, keys_backward, queries_backward
-from .features import Features, evaluate, first_order, pack, reproducible, sum_dtype, unpack
-from .scaling import is_spread, normalise, query_factors
-from .state import LinearState
-from .summed import Sums, chunks, hide, read_keys
+from .call import Call
+from .checks import check_state_width, check_widths
+from .encode import Encoder, width
+from .layout import BLOCK, Tile, blocks, scale_into, tiles, unpack_into
+from .scaling import factors_of, is_spread, query_factors
+from .sums import Sums, Triple, empty_sums
 
 
-def causal(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    features: Features,
-    *,
-    key_mask: Tensor | None,
-    state: LinearState | None,
-    eps: float,
-    chunk_size: int,
-    normalised: bool = True,
-) -> tuple[Tensor, LinearState]:
-    """Queries, keys and values of one length L: values (N, L, H, M) in the dtype of the sums.
+class Inputs(NamedTuple):
+    """The tensors of a call, or of one tile of it."""
 
-    Without ``normalised`` the values are not divided by the sum of their weights; that has a
-    meaning only for features that are not exponentials.
+    q: Tensor  # (N, L, H*R, E)
+    k: Tensor  # (N, L, H, E)
+    v: Tensor  # (N, L, H, M)
+    key_mask: Tensor | None  # (N, L)
+
+    @property
+    def groups(self) -> int:
+        """R, query heads for every key head."""
+        return self.q.shape[2] // max(self.k.shape[2], 1)
+
+    def tile(self, tile: Tile) -> Inputs:
+        q, k, v = tile.of(self.q, self.groups), tile.of(self.k), tile.of(self.v)
+        return Inputs(q, k, v, tile.of_mask(self.key_mask))
+
+    def encoders(self, call: Call) -> tuple[Encoder, Encoder]:
+        """Of queries and of keys."""
+        return (
+            call.encoder(groups=self.groups),
+            call.encoder(of_keys=True, mask=self.key_mask),
+        )
+
+
+class Kept(NamedTuple):
+    """What the backward pass needs besides inputs and output; empty if none may follow.
+
+    Attributes:
+        norm: (N, L, H*R, 1) reciprocals or log2 of the denominators.
+        cuts: (N, H, L) bool, whether a block begins at a token; for exponential features only.
+        kv, z, shift: the sums before the tokens 0, K, 2 K, ...: (L/K, N, H, ...).
     """
-    kv, z, shift = (None, None, None) if state is None else (state.kv, state.z, state.shift)
-    out, kv, z, shift = _Causal.apply(
-        features, chunk_size, eps if normalised else None, key_mask, q, k, v, kv, z, shift,
-        *features.parameters,
-    )  # fmt: skip
-    return out, LinearState(kv, z, shift)
+
+    norm: Tensor
+    cuts: Tensor
+    kv: Tensor
+    z: Tensor
+    shift: Tensor
+
+    @classmethod
+    def allocate(cls, call: Call, inputs: Inputs, features: int) -> Kept:
+        n, length, h, m = inputs.v.shape
+        states = -(-length // spacing(call, inputs, features)) if call.settings.keep else 0
+        exponential, length = call.features.exponential, length if call.settings.keep else 0
+        normalised = length if call.settings.normalised else 0
+        new = inputs.q.new_empty
+        return cls(
+            new(n, normalised, h * inputs.groups, 1, dtype=call.dtype),
+            inputs.q.new_zeros(n, h, length if exponential else 0, dtype=torch.bool),
+            new(states, n, h, features, m, dtype=call.dtype),
+            new(states, n, h, features, dtype=call.dtype),
+            new(states, n, h, features if exponential else 0, dtype=call.dtype),
+        )
+
+    def tile(self, tile: Tile, groups: int) -> Kept:
+        states = (x[:, tile.rows, tile.heads] for x in (self.kv, self.z, self.shift))
+        return Kept(tile.of(self.norm, groups), self.cuts[tile.rows, tile.heads], *states)
+
+    def write(self, i: int, sums: Sums) -> None:
+        self.kv[i] = sums.kv.view_as(self.kv[i])
+        self.z[i] = sums.z.view_as(self.z[i])
+        if sums.shift is not None:
+            self.shift[i] = sums.shift.view_as(self.shift[i])
+
+    def read(self, i: int, exponential: bool) -> Sums:
+        shift = self.shift[i].flatten(0, 1) if exponential else None
+        return Sums(self.kv[i].flatten(0, 1), self.z[i].flatten(0, 1), shift)
 
 
-def _pieces(a: Tensor, sums: Sums, masked: Tensor | None) -> Iterator[slice]:
-    """Slices of a chunk, in order, each narrow enough for one reference; normally just one.
-
-    The decision needs the shift that the pieces before have left in ``sums``.
-    """
-    waiting = [(0, a.shape[1])]
-    while waiting:
-        lo, hi = waiting.pop()
-        if is_spread(a[:, lo:hi], sums.shift, None if masked is None else masked[:, lo:hi]):
-            middle = (lo + hi) // 2
-            waiting += [(middle, hi), (lo, middle)]
-        else:
-            yield slice(lo, hi)
+def spacing(call: Call, inputs: Inputs, features: int) -> int:
+    """K, the tokens between two kept states: so many that these take an eighth of the memory of
+    output and gradients, or less. Between them the sums are taken again in the backward pass."""
+    e, m, chunk = inputs.q.shape[-1], inputs.v.shape[-1], call.settings.chunk
+    block = max(BLOCK // chunk, 1) * chunk if chunk else BLOCK
+    return -(-4 * features * m // (max(e + m, 1) * block)) * block or block
 
 
-class _Causal(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        features: Features,
-        chunk_size: int,
-        eps: float | None,
-        key_mask: Tensor | None,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        kv: Tensor | None,
-        z: Tensor | None,
-        shift: Tensor | None,
-        *parameters: Tensor,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        dtype, sums = sum_dtype(q, k, v), Sums(kv, z, shift)
-        n, length, h, _ = q.shape
-        out = q.new_empty(n, length, h, v.shape[-1], dtype=dtype)
-        norm = q.new_empty(n * h, length, 1, dtype=dtype)
-        layout: Layout = []
-        for at in chunks(length, chunk_size) or [slice(0, 0)]:
-            k_chunk, v_chunk, masked = read_keys(k, v, key_mask, at)
-            with reproducible(features, q, ctx, at):
-                a = hide(evaluate(features.keys, k_chunk, features, dtype), masked, features)
-                b = evaluate(features.queries, q[:, at], features, dtype)
+def intervals(length: int, every: int) -> list[slice]:
+    return [slice(start, min(start + every, length)) for start in range(0, length, every)]
+
+
+def allocate(call: Call, inputs: Inputs) -> tuple[Tensor, Triple, Kept]:
+    """Memory for the results of :func:`forward`, with the sums before the first key."""
+    features = width(call.features, inputs.k, call.dtype)
+    shape = *inputs.q.shape[:3], inputs.v.shape[-1]
+    return (
+        inputs.q.new_empty(shape, dtype=call.dtype),
+        empty_sums(inputs.v, features, call.features.exponential, call.dtype),
+        Kept.allocate(call, inputs, features),
+    )
+
+
+def forward(call: Call, inputs: Inputs, state: Triple | None) -> tuple[Tensor, Triple, Kept]:
+    """Values (N, L, H*R, M), the final sums (N, H, ...), and what the backward pass needs."""
+    out, final, kept = allocate(call, inputs)
+    if state is not None:
+        check_state_width(state[1].shape[-1], final[1].shape[-1])
+    for tile in tiles(*final[1].shape[:2], whole=call.whole):
+        mine = inputs.tile(tile)
+        sums = Sums.of_tile(state or final, tile)
+        groups = inputs.groups
+        _forward_tile(call, mine, sums, tile.of(out, groups), kept.tile(tile, groups))
+        sums.write(final, tile)
+    return out, final, kept
+
+
+def _forward_tile(call: Call, inputs: Inputs, sums: Sums, out: Tensor, kept: Kept) -> None:
+    encoders, keep = inputs.encoders(call), call.settings.keep
+    every = spacing(call, inputs, sums.z.shape[-1])
+    for i, interval in enumerate(intervals(inputs.q.shape[1], every)):
+        if keep:
+            kept.write(i, sums)
+        waiting = list(blocks(interval.start, interval.stop, call.chunk))[::-1]
+        while waiting:
+            block = waiting.pop()
+            a = encoders[1](inputs.k, block)
+            if is_spread(a, sums.shift, encoders[1].dropped(block, inputs.k.shape[2])):
+                waiting += block.halves()[::-1]
+                continue
+            if keep and sums.shift is not None:
+                kept.cuts[:, :, block.start] = True
+            b = encoders[0](inputs.q, block)
             check_widths(b.shape[-1], a.shape[-1])
-            sums.allocate(a, v.shape[-1], features.exponential)
-            v_chunk = pack(v_chunk, dtype)
-            pieces = []
-            for piece in _pieces(a, sums, masked) if length else ():
-                kappa = sums.factors(a[:, piece])
-                p, offset = query_factors(b[:, piece], sums.shift)
-                weights = (p @ kappa.mT).tril_()
-                values = torch.baddbmm(p @ sums.kv, weights, v_chunk[:, piece])
-                where = slice(at.start + piece.start, at.start + piece.stop)
-                if eps is None:
-                    norm[:, where] = 1.0
-                else:
-                    denominator = (p * sums.z[:, None]).sum(-1, keepdim=True)
-                    denominator += weights.sum(-1, keepdim=True)
-                    values, norm[:, where] = normalise(values, denominator, offset, eps)
-                out[:, where] = unpack(values, n)
-                sums.add(kappa, v_chunk[:, piece])
-                pieces.append(piece)
-            layout.append((at, pieces))
-        kv_out, z_out, shift_out = sums.unflatten(n)
-        tensors = (key_mask, q, k, v, kv, z, shift, shift_out, out, norm)
-        ctx.save_for_backward(*tensors, *parameters)  # so that a changed parameter is noticed
-        ctx.settings = features, dtype, layout, eps is not None
-        if shift_out is not None:
-            ctx.mark_non_differentiable(shift_out)
-        ctx.set_materialize_grads(False)
-        return out, kv_out, z_out, shift_out
+            v = encoders[1].rows(inputs.v, block)
+            values, denominator, offset = _forward_block(sums, b, a, v)
+            if not call.settings.normalised:
+                unpack_into(out, block, values, inputs.groups)
+                continue
+            factor, norm = factors_of(denominator, offset, call.settings.eps)
+            scale_into(out, block, values, factor, inputs.groups)
+            if keep:
+                unpack_into(kept.norm, block, norm, inputs.groups)
 
-    @staticmethod
-    @first_order
-    def backward(
-        ctx: Any, d_out: Tensor | None, d_kv: Tensor | None, d_z: Tensor | None, _: Any
-    ) -> tuple[Any, ...]:
-        key_mask, q, k, v, kv, z, shift, shift_out, out, norm, *_ = ctx.saved_tensors
-        features, dtype, layout, normalised = ctx.settings
-        d_out = torch.zeros_like(out) if d_out is None else d_out
-        saved = Saved(features, dtype, key_mask, q, k, v, out, norm, d_out, normalised)
-        d_parameters: list[Tensor | None] = [None] * len(features.parameters)
-        dq = queries_backward(saved, layout, Sums(kv, z, shift), d_parameters)
-        future = Future(d_kv, d_z, shift_out)
-        dk, dv = keys_backward(saved, layout, future, d_parameters)
-        d_state = (None, None) if kv is None else future.gradient_of_state(kv, shift)
-        return None, None, None, None, dq, dk, dv, *d_state, None, *d_parameters
+
+def _forward_block(
+    sums: Sums, b: Tensor, a: Tensor, v: Tensor
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Values of queries b, undivided, their denominators and what was taken out of both.
+
+    Afterwards the sums include the keys a.
+    """
+    kappa = sums.enter(a)
+    p, offset = query_factors(b, sums.shift)
+    weights = tril(torch.bmm(p.flatten(0, 1), kappa.flatten(0, 1).mT))
+    denominator = (p * sums.z_before(kappa)[:, :, None]).sum(-1, keepdim=True)
+    denominator += weights.sum(-1, keepdim=True).view_as(denominator)
+    values = v.new_empty(*p.shape[:-1], v.shape[-1])
+    for p_i, kappa_i, v_i, values_i in zip(p, kappa, v, values, strict=True):
+        torch.bmm(p_i, sums.kv, out=values_i)
+        sums.add(kappa_i, v_i)
+    values.flatten(0, 1).baddbmm_(weights, v.flatten(0, 1))
+    return values, denominator, offset
+
+
+def tril(pairs: Tensor) -> Tensor:
+    """Clear the pairs whose key comes after the query: (T*G, R*C, C), in place."""
+    c = pairs.shape[-1]
+    pairs.view(-1, c, c).tril_()
+    return pairs

@@ -1,148 +1,156 @@
-"""The two sweeps of the causal backward pass; the equations are in :mod:`.chunked`."""
+"""The backward pass of :mod:`.chunked`: one sweep in reverse.
+
+With P the normalised query factors, G = do v^T - delta and delta = do.out,
+
+    d(query feature)_t = S do_t - delta_t z + sum_{j<=t} G_tj kappa_j
+    d(key feature)_j   = R v_j - r + sum_{t>=j} G_tj P_t,        R = sum_t P_t do_t^T,
+    dv_j               = R^T kappa_j + sum_{t>=j} (P_t.kappa_j) do_t,   r = sum_t P_t delta_t
+
+where S, z sum over the keys before the chunk and R, r over the queries after it. The former are
+restored from the states that the forward pass kept. R and r are kept relative to the shift of
+the block, like the key factors: P_ti = 2^(b_ti + shift_i - log2 of the denominator), which is at
+most 1 for a query that has seen the keys which make the shift, so that R shrinks on its way to
+the earlier keys, whose shift is lower.
+"""
 
 from __future__ import annotations
-
-from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .features import Differentiated, Features, evaluate, pack, unpack
-from .scaling import lowest
-from .summed import Sums, hide, read_keys
+from .call import Call
+from .chunked import Inputs, Kept, intervals, spacing, tril
+from .layout import Block, blocks, pack, tiles, unpack_into
+from .summed import row_dots
+from .sums import Sums
 
-Layout = list[tuple[slice, list[slice]]]  # of each chunk, the pieces it was worked in
-
-
-class Saved(NamedTuple):
-    """What the forward pass kept, and the gradient of its values."""
-
-    features: Features
-    dtype: torch.dtype
-    key_mask: Tensor | None
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    out: Tensor
-    norm: Tensor  # (G, L, 1), see scaling.normalise
-    d_out: Tensor
-    normalised: bool
-
-    def outputs(self, at: slice) -> tuple[Tensor, Tensor, Tensor]:
-        """d_out, delta = d_out.out and norm of a chunk, (G, C, M | 1 | 1)."""
-        do = pack(self.d_out[:, at], self.dtype)
-        delta = (do * pack(self.out[:, at], self.dtype)).sum(-1, keepdim=True)
-        if not self.normalised:
-            delta.zero_()
-        return do, delta, self.norm[:, at]
+Gradients = tuple[Tensor, Tensor, Tensor]  # of q, k and v, or of a tile of them
 
 
-def queries_backward(
-    saved: Saved, layout: Layout, sums: Sums, d_parameters: list[Tensor | None]
-) -> Tensor:
-    """Sweep forward, rebuilding the sums of the past from ``sums``: gradient of the queries."""
-    features, dtype = saved.features, saved.dtype
-    dq = torch.empty_like(saved.q)
-    for at, pieces in layout:
-        k_chunk, v_chunk, masked = read_keys(saved.k, saved.v, saved.key_mask, at)
-        a = hide(evaluate(features.keys, k_chunk, features, dtype), masked, features)
-        v = pack(v_chunk, dtype)
-        queries = Differentiated(features.queries, saved.q[:, at], features, dtype, not at.start)
-        do, delta, norm = saved.outputs(at)
-        sums.allocate(a, v.shape[-1], features.exponential)
-        db = torch.empty_like(queries.value)
-        for i in pieces:
-            kappa = sums.factors(a[:, i])
-            pairs = (do[:, i] @ v[:, i].mT).sub_(delta[:, i]).tril_()
-            g = torch.baddbmm(do[:, i] @ sums.kv.mT, pairs, kappa)
-            g -= delta[:, i] * sums.z[:, None]
-            if sums.shift is None:
-                db[:, i] = g * norm[:, i]
+def backward(
+    call: Call,
+    inputs: Inputs,
+    final_shift: Tensor | None,
+    out: Tensor,
+    kept: Kept,
+    d_out: Tensor,
+    d_state: tuple[Tensor | None, Tensor | None],
+    d_parameters: list[Tensor | None],
+) -> tuple[Gradients, tuple[Tensor, Tensor]]:
+    """Gradients of q, k, v and of the initial kv and z; those of the map's parameters are added
+    to the list."""
+    n, _, heads, m = inputs.v.shape
+    features, groups = kept.kv.shape[-2], inputs.groups
+    dq, dk, dv = (torch.empty_like(x) for x in (inputs.q, inputs.k, inputs.v))
+    d_kv = inputs.v.new_zeros(n, heads, features, m, dtype=call.dtype)
+    d_z = inputs.v.new_zeros(n, heads, features, dtype=call.dtype)
+    for mine, given in zip((d_kv, d_z), d_state, strict=True):
+        if given is not None:
+            mine.copy_(given)
+    for tile in tiles(n, heads, whole=call.whole):
+        outputs = tile.of(out, groups), tile.of(d_out, groups)
+        sweep = _Sweep(call, inputs.tile(tile), *outputs, kept.tile(tile, groups), d_parameters)
+        future = Sums.of_tile((d_kv, -d_z, final_shift), tile)
+        sweep.run(future, (tile.of(dq, groups), tile.of(dk), tile.of(dv)))
+        Sums(future.kv, -future.z, None).write((d_kv, d_z, None), tile)
+    return (dq, dk, dv), (d_kv, d_z)
+
+
+class _Sweep:
+    """The backward pass of one tile."""
+
+    def __init__(
+        self,
+        call: Call,
+        inputs: Inputs,
+        out: Tensor,
+        d_out: Tensor,
+        kept: Kept,
+        d_parameters: list[Tensor | None],
+    ) -> None:
+        self._call, self._inputs, self._out, self._d_out = call, inputs, out, d_out
+        self._kept, self._d_parameters = kept, d_parameters
+        self._queries, self._keys = inputs.encoders(call)
+        self._cuts = kept.cuts[0, 0].tolist() if call.features.exponential else None
+
+    def run(self, future: Sums, gradients: Gradients) -> None:
+        """From the last token to the first, with the sums of the future so far."""
+        inputs, call = self._inputs, self._call
+        every = spacing(call, inputs, self._kept.kv.shape[-2])
+        for i, interval in reversed([*enumerate(intervals(inputs.q.shape[1], every))]):
+            worked = self._blocks(interval)
+            sums = self._kept.read(i, call.features.exponential)
+            before, shift = [sums.snapshot()], sums.shift
+            for block in worked[:-1]:
+                kappa = sums.enter(self._keys(inputs.k, block))
+                sums.absorb(kappa, self._keys.rows(inputs.v, block))
+                before.append(sums.snapshot())
+            for block, past in zip(reversed(worked), reversed(before), strict=True):
+                self._block(block, past, future, gradients)
+            if i == 0 and shift is not None:
+                future.lower(shift)
+
+    def _blocks(self, interval: slice) -> list[Block]:
+        """The blocks that the forward pass cut these tokens into."""
+        found = []
+        waiting = list(blocks(interval.start, interval.stop, self._call.chunk))[::-1]
+        while waiting:
+            block = waiting.pop()
+            if self._cuts is not None and any(self._cuts[block.start + 1 : block.at.stop]):
+                waiting += block.halves()[::-1]
             else:
-                db[:, i] = g * (queries.value[:, i] - norm[:, i] + sums.shift[:, None]).exp_()
-            sums.add(kappa, v[:, i])
-        dq[:, at] = queries.pull_back(db, d_parameters)
-    return dq
+                found.append(block)
+        return found
 
+    def _block(self, block: Block, past: Sums, future: Sums, gradients: Gradients) -> None:
+        call, inputs, parameters = self._call, self._inputs, self._d_parameters
+        a, keys_back = self._keys.differentiated(inputs.k, block, parameters)
+        b, queries_back = self._queries.differentiated(inputs.q, block, parameters)
+        v = self._keys.rows(inputs.v, block)
+        do = pack(self._d_out, block, call.dtype, inputs.groups)
+        norm, delta = self._norm_and_delta(block, do)
+        kappa = past.enter(a)
+        if past.shift is None:
+            p = b * norm
+        else:
+            p = b.add_(past.shift[:, None]).sub_(norm).exp2_()
+            future.lower(past.shift)
+        pairs = tril(torch.bmm(do.flatten(0, 1), v.flatten(0, 1).mT).sub_(delta.flatten(0, 1)))
+        weights = tril(torch.bmm(p.flatten(0, 1), kappa.flatten(0, 1).mT))
+        z, r = past.z_before(kappa), future.z_after(p * delta)
+        db, da, dv = b.new_empty(b.shape), a.new_empty(a.shape), v.new_empty(v.shape)
+        chunks = [*zip(p, kappa, v, do, db, da, dv, strict=True)]
+        for i, (_, kappa_i, v_i, do_i, db_i, _, _) in enumerate(chunks):
+            torch.bmm(do_i, past.kv.mT, out=db_i)
+            if i + 1 < len(chunks):
+                past.add(kappa_i, v_i)
+        for p_i, kappa_i, v_i, do_i, _, da_i, dv_i in reversed(chunks):
+            torch.bmm(v_i, future.kv.mT, out=da_i)
+            torch.bmm(kappa_i, future.kv, out=dv_i)
+            future.add(p_i, do_i)
+        db.flatten(0, 1).baddbmm_(pairs, kappa.flatten(0, 1))
+        da.flatten(0, 1).baddbmm_(pairs.mT, p.flatten(0, 1))
+        dv.flatten(0, 1).baddbmm_(weights.mT, do.flatten(0, 1))
+        db.addcmul_(delta, z[:, :, None], value=-1)
+        da.sub_(r[:, :, None])
+        if past.shift is None:
+            db.mul_(norm)
+            drop = self._keys.dropped(block, inputs.k.shape[2])
+            if drop is not None:
+                da.masked_fill_(drop, 0.0)
+        else:
+            db.mul_(p)
+            da.mul_(kappa)
+        dq, dk, dv_out = gradients
+        queries_back(db, dq)
+        keys_back(da, dk)
+        unpack_into(dv_out, block, dv)
 
-def keys_backward(
-    saved: Saved, layout: Layout, future: Future, d_parameters: list[Tensor | None]
-) -> tuple[Tensor, Tensor]:
-    """Sweep in reverse, building the sums of the future: gradients of keys and values."""
-    features, dtype = saved.features, saved.dtype
-    dk, dv = torch.empty_like(saved.k), torch.empty_like(saved.v)
-    for at, pieces in reversed(layout):
-        k_chunk, v_chunk, masked = read_keys(saved.k, saved.v, saved.key_mask, at)
-        keys = Differentiated(features.keys, k_chunk, features, dtype, not at.start)
-        a = hide(keys.value, masked, features)
-        b = evaluate(features.queries, saved.q[:, at], features, dtype)
-        v = pack(v_chunk, dtype)
-        do, delta, norm = saved.outputs(at)
-        future.allocate(a, v.shape[-1], features.exponential)
-        da, dv_chunk = torch.empty_like(a), torch.empty_like(v)
-        for i in reversed(pieces):
-            p, kappa = future.factors(b[:, i], norm[:, i], a[:, i])
-            pairs = (do[:, i] @ v[:, i].mT).sub_(delta[:, i]).tril_()
-            g = torch.baddbmm(v[:, i] @ future.kv.mT, pairs.mT, p).sub_(future.z[:, None])
-            da[:, i] = g * kappa if features.exponential else g
-            weights = (p @ kappa.mT).tril_()
-            dv_chunk[:, i] = torch.baddbmm(kappa @ future.kv, weights.mT, do[:, i])
-            future.add(p, do[:, i], delta[:, i])
-        if masked is not None and not features.exponential:
-            da.masked_fill_(masked, 0.0)
-        dk[:, at] = keys.pull_back(da, d_parameters)
-        dv[:, at] = unpack(dv_chunk, saved.v.shape[0])
-    return dk, dv
-
-
-class Future:
-    """R = sum_t P_t do_t^T and r = sum_t P_t delta_t over the queries after a key.
-
-    For exponential features P_t = exp(b_t - L_t), L_t the log-normaliser, is kept relative to
-    its running maximum ``top``; a later query has seen the key, so b_ti + a_ji <= L_t and the
-    key's factor exp(a_ji + top_i) is at most 1. The gradient of the final state starts the sums.
-    """
-
-    kv: Any
-    z: Any
-    top: Tensor | None
-
-    def __init__(self, d_kv: Tensor | None, d_z: Tensor | None, shift_out: Tensor | None) -> None:
-        self._start = d_kv, d_z, shift_out
-        self.kv = self.z = self.top = None
-
-    def allocate(self, a: Tensor, values: int, exponential: bool) -> None:
-        if self.kv is not None:
-            return
-        d_kv, d_z, shift_out = self._start
-        g, _, f = a.shape
-        zeros = a.new_zeros
-        self.kv = zeros(g, f, values) if d_kv is None else d_kv.flatten(0, 1).clone()
-        self.z = zeros(g, f) if d_z is None else -d_z.flatten(0, 1)
-        if exponential:
-            reached = d_kv is not None or d_z is not None
-            self.top = -shift_out.flatten(0, 1) if reached else a.new_full((g, f), lowest(a.dtype))
-
-    def factors(self, b: Tensor, norm: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
-        """Normalised query factors and key factors; the sums follow the new maximum."""
-        if self.top is None:
-            return b * norm, a
-        b = b - norm
-        top = torch.maximum(self.top, b.amax(1))
-        decay = (self.top - top).exp_()
-        self.kv *= decay[..., None]
-        self.z *= decay
-        self.top = top
-        return (b - top[:, None]).exp_(), (a + top[:, None]).exp_()
-
-    def add(self, p: Tensor, do: Tensor, delta: Tensor) -> None:
-        self.kv.baddbmm_(p.mT, do)
-        self.z += (p * delta).sum(1)
-
-    def gradient_of_state(self, kv: Tensor, shift: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Gradients of the initial kv and z, which are relative to ``shift``."""
-        d_kv, d_z = self.kv, -self.z
-        if shift is not None and self.top is not None:
-            scale = (shift.flatten(0, 1) + self.top).exp_()
-            d_kv, d_z = d_kv * scale[..., None], d_z * scale
-        return d_kv.view_as(kv), d_z.view(kv.shape[:-1])
+    def _norm_and_delta(self, block: Block, do: Tensor) -> tuple[Tensor, Tensor]:
+        """Both (T, G, R*C, 1)."""
+        shape = (*do.shape[:-1], 1)
+        if not self._call.settings.normalised:
+            return do.new_ones(1), do.new_zeros(1).expand(shape)
+        groups = self._inputs.groups
+        norm = pack(self._kept.norm, block, do.dtype, groups)
+        return norm, row_dots(self._out, self._d_out, block, groups)

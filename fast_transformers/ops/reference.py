@@ -1,21 +1,24 @@
 """The specification: attention with the whole matrix of weights, and token by token.
 
-Both are differentiated by autograd, run anywhere and answer for every faster form.
+Both are differentiated by autograd as often as one likes, run anywhere and answer for every
+faster form. They evaluate the map's own functions and hold every feature in memory.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from .checks import check_state_width, check_widths
-from .features import Features, evaluate, pack, sum_dtype, unpack
-from .scaling import lowest, normalise
+from .features import Features, sum_dtype
+from .kinds import LOG2E
+from .scaling import lowest
 from .state import LinearState
-from .step import absorb, empty_state, look_up
-from .summed import read_keys
+from .step import absorb, look_up
+from .sums import empty_sums
 
 
 def quadratic(
@@ -32,35 +35,68 @@ def quadratic(
     """out = W v / rowsum(W), W_ij = phi(q_i).phi(k_j), with W as an L x S matrix.
 
     The sums in ``state`` count as F more keys. Logits of exponential features are reduced over
-    the features by logsumexp, (N*H, L, S, F) in size: exact at any norm, and slow.
+    the features by logsumexp, (N, H, L, S, F) in size: exact at any norm, and slow.
     """
     dtype = sum_dtype(q, k, v)
-    b = evaluate(features.queries, q, features, dtype)  # (G, L, F)
-    kept, values, masked = read_keys(k, v, key_mask, slice(None))
-    a = evaluate(features.keys, kept, features, dtype)  # (G, S, F)
-    past = empty_state(k, v, a, features) if state is None else state
-    check_state_width(past.z.shape[-1], a.shape[-1])
+    groups = q.shape[2] // max(k.shape[2], 1)
+    if key_mask is not None:  # masked keys and values may hold anything
+        k, v = (x.masked_fill(~key_mask[:, :, None, None], 0) for x in (k, v))
+    b = _encode(features.queries, q, features, dtype)  # (N, H*R, L, F)
+    a = _encode(features.keys, k, features, dtype)  # (N, H, S, F)
+    values = v.transpose(1, 2).to(dtype)
     check_widths(b.shape[-1], a.shape[-1])
-    unseen = torch.ones(b.shape[1], a.shape[1], dtype=torch.bool, device=q.device)
+    past = state or LinearState(*empty_sums(v, a.shape[-1], features.exponential, dtype))
+    check_state_width(past.z.shape[-1], a.shape[-1])
+    reach = min(k.shape[1], q.shape[1]) if causal else k.shape[1]
+    kept = None if key_mask is None else key_mask[:, None, :reach, None]
+    final = _add(past, a[:, :, :reach], values[:, :, :reach], kept)
+    a, values, kv, z = (_repeat(x, groups) for x in (a, values, past.kv, past.z))
+    unseen = torch.ones(b.shape[2], a.shape[2], dtype=torch.bool, device=q.device)
     unseen = unseen.triu(1) if causal else torch.zeros_like(unseen)
-    unseen = unseen if masked is None else unseen | masked.mT
+    if key_mask is not None:
+        unseen = unseen | ~key_mask[:, None, None]
     if features.exponential:
-        weights = (b[:, :, None] + a[:, None]).logsumexp(-1)  # (G, L, S)
+        assert past.shift is not None
+        weights = (b[..., None, :] + a[..., None, :, :]).logsumexp(-1)  # (N, H*R, L, S)
         weights = weights.masked_fill(unseen, -math.inf)
-        p = b + past.shift.flatten(0, 1)[:, None]
+        p = b + (_repeat(past.shift, groups) / LOG2E)[..., None, :]
         offset = torch.cat([weights, p], -1).detach().amax(-1, keepdim=True)
         offset = offset.clamp(min=lowest(dtype))
         weights, p = (weights - offset).exp(), (p - offset).exp()
+        eps = 0.0
     else:
-        weights, p, offset = (b @ a.mT).masked_fill(unseen, 0.0), b, None
-    denominator = weights.sum(-1) + (p * past.z.flatten(0, 1)[:, None]).sum(-1)
-    numerator = weights @ pack(values, dtype) + p @ past.kv.flatten(0, 1)
-    out, _ = normalise(numerator, denominator[..., None], offset, eps)
-    reach = slice(min(k.shape[1], q.shape[1]) if causal else None)
-    mask = None if key_mask is None else key_mask[:, reach]
-    return unpack(out, q.shape[0]), absorb(
-        k[:, reach], v[:, reach], features, key_mask=mask, state=past
-    )
+        weights, p = (b @ a.mT).masked_fill(unseen, 0.0), b
+    denominator = weights.sum(-1) + (p * z[..., None, :]).sum(-1) + eps
+    denominator = denominator.masked_fill(denominator == 0, math.inf)
+    out = (weights @ values + p @ kv) / denominator[..., None]
+    return out.transpose(1, 2), final
+
+
+def _encode(
+    function: Callable[[Tensor], Tensor], x: Tensor, features: Features, dtype: torch.dtype
+) -> Tensor:
+    x = x.to(torch.promote_types(x.dtype, features.dtype) if features.dtype else dtype)
+    return function(x).transpose(1, 2).to(dtype)
+
+
+def _repeat(x: Tensor, groups: int) -> Tensor:
+    """Every key head once for each of the query heads that share it."""
+    return x if groups == 1 else x.repeat_interleave(groups, 1)
+
+
+def _add(past: LinearState, a: Tensor, values: Tensor, kept: Tensor | None) -> LinearState:
+    """The state after keys (N, H, S, F), in natural logarithms if exponential."""
+    if kept is not None:
+        a = a.masked_fill(~kept, -math.inf if past.shift is not None else 0.0)
+    if past.shift is None:
+        return LinearState(past.kv + a.mT @ values, past.z + a.sum(2))
+    if not a.shape[2]:
+        return past
+    shift = torch.maximum(past.shift, a.detach().amax(2) * LOG2E)
+    kappa = (a - (shift / LOG2E)[:, :, None]).exp()
+    decay = (past.shift - shift).exp2()
+    kv, z = past.kv * decay[..., None] + kappa.mT @ values, past.z * decay + kappa.sum(2)
+    return LinearState(kv, z, shift)
 
 
 def recurrent(
@@ -75,13 +111,15 @@ def recurrent(
     eps: float,
 ) -> tuple[Tensor, LinearState]:
     """One token after the other, through the functions that a generating model uses."""
-    state = absorb(k[:, :0], v[:, :0], features, state=state)
-    out = [q.new_zeros(*q.shape[:1], 0, q.shape[2], v.shape[-1], dtype=state.kv.dtype)]
+    dtype = sum_dtype(q, k, v)
+    if state is None:
+        width = _encode(features.keys, k[:, :0], features, dtype).shape[-1]
+        state = LinearState(*empty_sums(v, width, features.exponential, dtype))
+    out = [q.new_zeros(*q.shape[:1], 0, q.shape[2], v.shape[-1], dtype=dtype)]
 
     def see(j: int) -> LinearState:
-        at = slice(j, j + 1)
-        mask = None if key_mask is None else key_mask[:, at]
-        return absorb(k[:, at], v[:, at], features, key_mask=mask, state=state)
+        keep = None if key_mask is None else key_mask[:, j]
+        return absorb(k[:, j], v[:, j], features, keep=keep, state=state, dtype=dtype)
 
     if not causal:
         for j in range(k.shape[1]):
@@ -89,5 +127,5 @@ def recurrent(
     for i in range(q.shape[1]):
         if causal and i < k.shape[1]:
             state = see(i)
-        out.append(look_up(q[:, i : i + 1], state, features, eps=eps))
+        out.append(look_up(q[:, i], state, features, eps=eps)[:, None])
     return torch.cat(out, 1), state

@@ -15,8 +15,8 @@ class LinearState:
     """Sums over the keys seen so far; a value: no function changes it behind the caller's back.
 
     With features that are exponentials the sums are kept relative to the largest key feature
-    seen, so that they neither overflow nor underflow: the true sums are ``exp(shift) * kv`` and
-    ``exp(shift) * z``.
+    seen, so that they neither overflow nor underflow: the true sums are ``2**shift * kv`` and
+    ``2**shift * z``.
 
     Unpacks as the pair of true sums that the older library used: ``S, Z = state``. Such a pair
     (list or tuple) is accepted wherever a state goes in; it lacks the shift and so its range.
@@ -24,7 +24,7 @@ class LinearState:
     Attributes:
         kv: (N, H, F, M) sum of phi(k) v^T. float32; float64 if the inputs are.
         z: (N, H, F) sum of phi(k), in the same dtype.
-        shift: (N, H, F) logarithm of the factor taken out of each feature, or None for
+        shift: (N, H, F) log2 of the factor taken out of each feature, or None for
             features that are not exponentials.
     """
 
@@ -35,7 +35,7 @@ class LinearState:
     def __iter__(self) -> Iterator[Tensor]:
         if self.shift is None:
             return iter((self.kv, self.z))
-        scale = self.shift.exp()
+        scale = self.shift.exp2()
         return iter((scale[..., None] * self.kv, scale * self.z))
 
     def __len__(self) -> int:

@@ -1,26 +1,38 @@
-"""Absorb keys into a state, look queries up in it; differentiated by autograd.
+"""The recurrent form: absorb one key and value, look one query up.
 
-For one token these two are the recurrent form. They are also the pieces that the reference
-forms are made of, which hold every feature in memory.
+Differentiated by autograd; without gradients, maps that have a name are evaluated by
+:mod:`.kinds` in a few small operations, which is what generation spends its time on.
 """
 
 from __future__ import annotations
+
+import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from .checks import check_state_width, check_widths
-from .features import Features, evaluate, pack, sum_dtype, unpack
-from .scaling import key_factors, normalise, query_factors
+from .features import Features
+from .kinds import KINDS, LOG2E
+from .scaling import lowest
 from .state import LinearState
-from .summed import hide, read_keys
 
 
-def empty_state(k: Tensor, v: Tensor, a: Tensor, features: Features) -> LinearState:
-    """The state before the first key, for features like ``a`` (N*H, C, F)."""
-    n, h, f, m = k.shape[0], k.shape[2], a.shape[-1], v.shape[-1]
-    shift = a.new_full((n, h, f), torch.finfo(a.dtype).min) if features.exponential else None
-    return LinearState(a.new_zeros(n, h, f, m), a.new_zeros(n, h, f), shift)
+def encode_one(
+    function: Callable[[Tensor], Tensor], x: Tensor, features: Features, dtype: torch.dtype
+) -> Tensor:
+    """A user's function of one token, (N, H, E) to (N, H, F); log2 for exponential features."""
+    x = x.to(torch.promote_types(x.dtype, features.dtype) if features.dtype else dtype)
+    phi = function(x[:, None])[:, 0].to(dtype)
+    return phi * LOG2E if features.exponential else phi
+
+
+def _encode(x: Tensor, features: Features, dtype: torch.dtype, of_keys: bool) -> Tensor:
+    if features.formula is None or (torch.is_grad_enabled() and x.requires_grad):
+        return encode_one(features.keys if of_keys else features.queries, x, features, dtype)
+    kind = KINDS[features.formula.kind](features.formula, dtype)
+    return kind.keys(x.to(dtype)) if of_keys else kind.queries(x.to(dtype))
 
 
 def absorb(
@@ -28,40 +40,46 @@ def absorb(
     v: Tensor,
     features: Features,
     *,
-    key_mask: Tensor | None = None,
-    state: LinearState | None = None,
+    keep: Tensor | None = None,
+    state: LinearState | None,
+    dtype: torch.dtype,
 ) -> LinearState:
-    """Add keys (N, C, H, E) and values (N, C, H, M) to a state; a new state is returned."""
-    dtype = sum_dtype(k, v) if state is None else state.kv.dtype
-    k, v, masked = read_keys(k, v, key_mask, slice(None))
-    a = hide(evaluate(features.keys, k, features, dtype), masked, features)
-    state = empty_state(k, v, a, features) if state is None else state
+    """The state after one more key (N, H, E) and value (N, H, M).
+
+    ``keep`` is (N,) bool; where it is False the key and value may hold anything and are not
+    absorbed.
+    """
+    if keep is not None:
+        k, v = (x.masked_fill(~keep[:, None, None], 0) for x in (k, v))
+    a = _encode(k, features, dtype, of_keys=True)
+    if keep is not None:
+        a = a.masked_fill(~keep[:, None, None], -math.inf if features.exponential else 0)
+    v = v.to(dtype)[..., None, :]
+    if state is None:
+        shift = a.detach().clamp(min=lowest(dtype)) if features.exponential else None
+        kappa = a if shift is None else (a - shift).exp2()
+        return LinearState(kappa[..., None] * v, kappa.clone(), shift)
     check_state_width(state.z.shape[-1], a.shape[-1])
-    if not k.shape[1]:
-        return state
-    kv, z, shift = _flat(state)
-    kappa, shift, decay = key_factors(a, shift)
-    if decay is not None:
-        kv, z = kv * decay[..., None], z * decay
-    if k.shape[1] == 1:  # generation: an outer product is no work for a matrix product
-        kv, z = torch.addcmul(kv, kappa.mT, pack(v, dtype)), z + kappa[:, 0]
-    else:
-        kv, z = torch.baddbmm(kv, kappa.mT, pack(v, dtype)), z + kappa.sum(1)
-    shift = None if shift is None else shift.view_as(state.z)
-    return LinearState(kv.view_as(state.kv), z.view_as(state.z), shift)
+    if state.shift is None:
+        return LinearState(torch.addcmul(state.kv, a[..., None], v), state.z + a)
+    shift = torch.maximum(state.shift, a.detach())
+    kappa, decay = (a - shift).exp2(), (state.shift - shift).exp2()
+    kv = torch.addcmul(state.kv * decay[..., None], kappa[..., None], v)
+    return LinearState(kv, torch.addcmul(kappa, state.z, decay), shift)
 
 
 def look_up(q: Tensor, state: LinearState, features: Features, *, eps: float) -> Tensor:
-    """Attend with queries (N, C, H, E) to everything in a state: (N, C, H, M)."""
-    b = evaluate(features.queries, q, features, state.kv.dtype)
-    check_widths(b.shape[-1], state.z.shape[-1])
-    kv, z, shift = _flat(state)
-    p, offset = query_factors(b, shift)
-    denominator = (p * z[:, None]).sum(-1, keepdim=True)
-    values, _ = normalise(p @ kv, denominator, offset, eps)
-    return unpack(values, q.shape[0])
-
-
-def _flat(state: LinearState) -> tuple[Tensor, Tensor, Tensor | None]:
-    flat = state.map(lambda tensor: tensor.flatten(0, 1))
-    return flat.kv, flat.z, flat.shift
+    """Attend with one query (N, H*R, E) to everything in a state: (N, H*R, M)."""
+    b = _encode(q, features, state.kv.dtype, of_keys=False)
+    n, h, f, m = state.kv.shape
+    check_widths(b.shape[-1], f)
+    p = b.reshape(n * h, -1, f)
+    if state.shift is not None:
+        p = p + state.shift.view(n * h, 1, f)
+        p = (p - p.detach().amax(-1, keepdim=True).clamp_(min=lowest(p.dtype))).exp2()
+    numerator = torch.bmm(p, state.kv.view(n * h, f, m))
+    denominator = torch.bmm(p, state.z.view(n * h, f, 1))
+    if state.shift is None:
+        denominator = denominator + eps
+    values = numerator / denominator.masked_fill(denominator == 0, math.inf)
+    return values.view(n, -1, m)

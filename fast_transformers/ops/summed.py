@@ -9,237 +9,149 @@ once and looks it up at every step.
 
 from __future__ import annotations
 
-import math
-from typing import Any
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
+from .call import Call
 from .checks import check_state_width, check_widths
-from .features import (
-    Differentiated,
-    Features,
-    evaluate,
-    first_order,
-    pack,
-    reproducible,
-    sum_dtype,
-    unpack,
-)
-from .scaling import key_factors, lowest, normalise, query_factors
-from .state import LinearState
+from .encode import width
+from .layout import Block, blocks, natural, pack, scale_into, tiles, unpack_into
+from .scaling import factors_of, query_factors
+from .sums import Sums, Triple, empty_sums
+
+Gradients = list[Tensor | None]
+
+
+def _chunks(length: int, call: Call) -> Iterator[Block]:
+    return blocks(0, length, call.chunk, call.chunk)
+
+
+def allocate_state(call: Call, k: Tensor, v: Tensor) -> Triple:
+    """The sums before the first of these keys."""
+    features = width(call.features, k, call.dtype)
+    return empty_sums(v, features, call.features.exponential, call.dtype)
 
 
 def accumulate(
+    call: Call, k: Tensor, v: Tensor, key_mask: Tensor | None, state: Triple | None
+) -> Triple:
+    """The sums over keys (N, S, H, E) and values (N, S, H, M), added to a state."""
+    n, length, heads, _ = v.shape
+    final = allocate_state(call, k, v)
+    if state is not None:
+        check_state_width(state[1].shape[-1], final[1].shape[-1])
+    for tile in tiles(n, heads, whole=call.whole):
+        k_tile, v_tile = tile.of(k), tile.of(v)
+        keys = call.encoder(of_keys=True, mask=tile.of_mask(key_mask))
+        sums = Sums.of_tile(state or final, tile)
+        for block in _chunks(length, call):
+            sums.absorb(sums.enter(keys(k_tile, block)), keys.rows(v_tile, block))
+        sums.write(final, tile)
+    return final
+
+
+def accumulate_backward(
+    call: Call,
     k: Tensor,
     v: Tensor,
-    features: Features,
-    *,
-    key_mask: Tensor | None = None,
-    state: LinearState | None = None,
-    chunk_size: int = 256,
-) -> LinearState:
-    """Add keys (N, S, H, E) and values (N, S, H, M) to a state, in chunks."""
-    kv, z, shift = (None, None, None) if state is None else (state.kv, state.z, state.shift)
-    kv, z, shift = _Accumulate.apply(
-        features, chunk_size, key_mask, k, v, kv, z, shift, *features.parameters
-    )
-    return LinearState(kv, z, shift)
+    key_mask: Tensor | None,
+    shift: Tensor | None,
+    d_kv: Tensor,
+    d_z: Tensor,
+    d_parameters: Gradients,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of k and v from those of the final kv and z, which are relative to ``shift``."""
+    n, length, heads, _ = v.shape
+    dk, dv = torch.empty_like(k), torch.empty_like(v)
+    for tile in tiles(n, heads, whole=call.whole):
+        keys = call.encoder(of_keys=True, mask=tile.of_mask(key_mask))
+        final = Sums.of_tile((d_kv, d_z, shift), tile)
+        k_tile, v_tile, dk_tile, dv_tile = (tile.of(x) for x in (k, v, dk, dv))
+        for block in _chunks(length, call):
+            a, back = keys.differentiated(k_tile, block, d_parameters)
+            kappa = a if final.shift is None else a.sub_(final.shift[:, None]).exp2_()
+            values = keys.rows(v_tile, block)[0]
+            da = torch.baddbmm(final.z[:, None], values, final.kv.mT)[None]
+            if final.shift is not None:
+                da.mul_(kappa)
+            drop = keys.dropped(block, heads=k_tile.shape[2])
+            if drop is not None:
+                da.masked_fill_(drop, 0.0)
+            back(da, dk_tile)
+            unpack_into(dv_tile, block, (kappa[0] @ final.kv)[None])
+    return dk, dv
 
 
-def attend(
-    q: Tensor, state: LinearState, features: Features, *, eps: float, chunk_size: int = 256
-) -> Tensor:
-    """Look queries (N, L, H, E) up in a state: (N, L, H, M), in the dtype of the sums."""
-    return _Attend.apply(
-        features, chunk_size, eps, q, state.kv, state.z, state.shift, *features.parameters
-    )
+def attend(call: Call, q: Tensor, state: Triple) -> tuple[Tensor, Tensor]:
+    """Values (N, L, H*R, M) of queries (N, L, H*R, E) that see all of a state (N, H, ...).
 
-
-def chunks(length: int, size: int) -> list[slice]:
-    return [slice(lo, min(lo + size, length)) for lo in range(0, length, size)]
-
-
-def read_keys(
-    k: Tensor, v: Tensor, mask: Tensor | None, at: slice
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """A chunk of keys and values with the masked ones zeroed, and where they are, (G, C, 1)."""
-    k, v = k[:, at], v[:, at]
-    if mask is None:
-        return k, v, None
-    drop = ~mask[:, at, None, None]
-    return (
-        k.masked_fill(drop, 0),
-        v.masked_fill(drop, 0),
-        pack(drop.expand(-1, -1, k.shape[2], 1), torch.bool),
-    )
-
-
-def hide(a: Tensor, masked: Tensor | None, features: Features) -> Tensor:
-    """Take masked keys out: a feature of 0, whose logarithm is -inf."""
-    return a if masked is None else a.masked_fill(masked, -math.inf if features.exponential else 0)
-
-
-class Sums:
-    """The running sums, (G, F, M) and (G, F), allocated when the first features are known."""
-
-    kv: Any
-    z: Any
-    shift: Tensor | None
-
-    def __init__(self, kv: Tensor | None, z: Tensor | None, shift: Tensor | None) -> None:
-        self.kv = None if kv is None else kv.detach().flatten(0, 1).clone()
-        self.z = None if z is None else z.detach().flatten(0, 1).clone()
-        self.shift = None if shift is None else shift.detach().flatten(0, 1)
-
-    def allocate(self, a: Tensor, values: int, exponential: bool) -> None:
-        if self.kv is None:
-            g, _, f = a.shape
-            self.kv, self.z = a.new_zeros(g, f, values), a.new_zeros(g, f)
-            if exponential:
-                self.shift = a.new_full((g, f), lowest(a.dtype))
-        check_state_width(self.z.shape[-1], a.shape[-1])
-
-    def factors(self, a: Tensor) -> Tensor:
-        """Key factors relative to the shift that includes these keys; the sums follow it."""
-        kappa, self.shift, decay = key_factors(a, self.shift)
-        if decay is not None:
-            self.kv *= decay[..., None]
-            self.z *= decay
-        return kappa
-
-    def add(self, kappa: Tensor, v: Tensor) -> None:
-        self.kv.baddbmm_(kappa.mT, v)
-        self.z += kappa.sum(1)
-
-    def unflatten(self, n: int) -> tuple[Tensor, Tensor, Tensor | None]:
-        shift = None if self.shift is None else self.shift.unflatten(0, (n, -1))
-        return self.kv.unflatten(0, (n, -1)), self.z.unflatten(0, (n, -1)), shift
-
-
-class _Accumulate(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        features: Features,
-        chunk_size: int,
-        key_mask: Tensor | None,
-        k: Tensor,
-        v: Tensor,
-        kv: Tensor | None,
-        z: Tensor | None,
-        shift: Tensor | None,
-        *parameters: Tensor,
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        dtype, sums = sum_dtype(k, v), Sums(kv, z, shift)
-        # an empty sequence still has a number of features
-        for at in chunks(k.shape[1], chunk_size) or [slice(0, 0)]:
-            k_chunk, v_chunk, masked = read_keys(k, v, key_mask, at)
-            with reproducible(features, k, ctx, at):
-                a = hide(evaluate(features.keys, k_chunk, features, dtype), masked, features)
-            sums.allocate(a, v.shape[-1], features.exponential)
-            if a.shape[1]:
-                sums.add(sums.factors(a), pack(v_chunk, dtype))
-        kv_out, z_out, shift_out = sums.unflatten(k.shape[0])
-        ctx.save_for_backward(key_mask, k, v, shift, shift_out, *parameters)
-        ctx.settings = features, chunk_size, dtype, kv is not None
-        if shift_out is not None:
-            ctx.mark_non_differentiable(shift_out)
-        ctx.set_materialize_grads(False)
-        return kv_out, z_out, shift_out
-
-    @staticmethod
-    @first_order
-    def backward(ctx: Any, d_kv: Tensor | None, d_z: Tensor | None, _: Any) -> tuple[Any, ...]:
-        key_mask, k, v, shift, shift_out, *_ = ctx.saved_tensors
-        features, chunk_size, dtype, continued = ctx.settings
-        nothing = (None,) * (8 + len(features.parameters))
-        if d_kv is None and d_z is None:
-            return nothing
-        d_parameters: list[Tensor | None] = [None] * len(features.parameters)
-        dk, dv = torch.empty_like(k), torch.empty_like(v)
-        d_kv_flat = None if d_kv is None else d_kv.flatten(0, 1)
-        d_z_flat = None if d_z is None else d_z.flatten(0, 1)[:, None]
-        for at in chunks(k.shape[1], chunk_size):
-            k_chunk, v_chunk, masked = read_keys(k, v, key_mask, at)
-            keys = Differentiated(features.keys, k_chunk, features, dtype, not at.start)
-            kappa = hide(keys.value, masked, features)
-            if shift_out is not None:
-                kappa = (kappa - shift_out.flatten(0, 1)[:, None]).exp_()
-            if d_kv_flat is None:
-                da = d_z_flat.expand_as(kappa)
-                dv[:, at] = 0
-            else:
-                da = pack(v_chunk, dtype) @ d_kv_flat.mT
-                if d_z_flat is not None:
-                    da += d_z_flat
-                dv[:, at] = unpack(kappa @ d_kv_flat, k.shape[0])
-            if features.exponential:
-                da = da * kappa
-            elif masked is not None:
-                da = da.masked_fill(masked, 0.0)
-            dk[:, at] = keys.pull_back(da, d_parameters)
-        if shift is not None:  # from sums relative to the new shift to sums relative to the old
-            decay = (shift - shift_out).exp()
-            d_kv = None if d_kv is None else d_kv * decay[..., None]
-            d_z = None if d_z is None else d_z * decay
-        d_state = (d_kv, d_z) if continued else (None, None)
-        return None, None, None, dk, dv, *d_state, None, *d_parameters
-
-
-class _Attend(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        features: Features,
-        chunk_size: int,
-        eps: float,
-        q: Tensor,
-        kv: Tensor,
-        z: Tensor,
-        shift: Tensor | None,
-        *parameters: Tensor,
-    ) -> Tensor:
-        dtype, sums = kv.dtype, Sums(kv, z, shift)
-        n, length, h, _ = q.shape
-        out = kv.new_empty(n, length, h, kv.shape[-1])
-        norm = kv.new_empty(n * h, length, 1)
-        for at in chunks(length, chunk_size):
-            with reproducible(features, q, ctx, at):
-                b = evaluate(features.queries, q[:, at], features, dtype)
-            check_widths(b.shape[-1], z.shape[-1])
+    The second result, (N, L, H*R, 1), is what the backward pass needs of the denominators.
+    """
+    n, length, q_heads, _ = q.shape
+    heads, m = state[0].shape[1], state[0].shape[-1]
+    groups = q_heads // max(heads, 1)
+    out = q.new_empty(n, length, q_heads, m, dtype=call.dtype)
+    norm = q.new_empty(n, length, q_heads, 1, dtype=call.dtype)
+    for tile in tiles(n, heads, whole=call.whole):
+        q_tile, out_tile, norm_tile = (tile.of(x, groups) for x in (q, out, norm))
+        queries = call.encoder(groups=groups)
+        sums = Sums.of_tile(state, tile)
+        for block in _chunks(length, call):
+            b = queries(q_tile, block)
+            check_widths(b.shape[-1], sums.z.shape[-1])
             p, offset = query_factors(b, sums.shift)
             denominator = (p * sums.z[:, None]).sum(-1, keepdim=True)
-            values, norm[:, at] = normalise(p @ sums.kv, denominator, offset, eps)
-            out[:, at] = unpack(values, n)
-        ctx.save_for_backward(q, kv, z, shift, out, norm, *parameters)
-        ctx.settings = features, chunk_size, dtype
-        return out
+            factor, for_backward = factors_of(denominator, offset, call.settings.eps)
+            scale_into(out_tile, block, p @ sums.kv, factor, groups)
+            unpack_into(norm_tile, block, for_backward, groups)
+    return out, norm
 
-    @staticmethod
-    @first_order
-    def backward(ctx: Any, d_out: Tensor) -> tuple[Any, ...]:
-        q, kv, z, shift, out, norm, *_ = ctx.saved_tensors
-        features, chunk_size, dtype = ctx.settings
-        d_parameters: list[Tensor | None] = [None] * len(features.parameters)
-        sums = Sums(kv, z, shift)
-        dq = torch.empty_like(q)
-        d_kv, d_z = torch.zeros_like(sums.kv), torch.zeros_like(sums.z)
-        for at in chunks(q.shape[1], chunk_size):
-            queries = Differentiated(features.queries, q[:, at], features, dtype, not at.start)
-            do = pack(d_out[:, at], dtype)
-            delta = (do * pack(out[:, at], dtype)).sum(-1, keepdim=True)
-            g = (do @ sums.kv.mT).sub_(delta * sums.z[:, None])
+
+def attend_backward(
+    call: Call,
+    q: Tensor,
+    state: Triple,
+    out: Tensor,
+    norm: Tensor,
+    d_out: Tensor,
+    d_parameters: Gradients,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, kv and z."""
+    n, length, q_heads, _ = q.shape
+    kv, z, _ = state
+    groups = q_heads // max(kv.shape[1], 1)
+    dq, d_kv, d_z = torch.empty_like(q), torch.zeros_like(kv), torch.zeros_like(z)
+    for tile in tiles(n, kv.shape[1], whole=call.whole):
+        queries = call.encoder(groups=groups)
+        sums = Sums.of_tile(state, tile)
+        gradient = Sums.of_tile((d_kv, d_z, None), tile)
+        q_tile, norm_tile, dq_tile = (tile.of(x, groups) for x in (q, norm, dq))
+        o_tile, do_tile = tile.of(out, groups), tile.of(d_out, groups)
+        for block in _chunks(length, call):
+            b, back = queries.differentiated(q_tile, block, d_parameters)
+            do = pack(do_tile, block, call.dtype, groups)
+            factor = pack(norm_tile, block, call.dtype, groups)
+            delta = row_dots(o_tile, do_tile, block, groups)
+            db = do @ sums.kv.mT
+            db.addcmul_(delta, sums.z[:, None], value=-1)
             if sums.shift is None:
-                p, db = queries.value * norm[:, at], g * norm[:, at]
+                p = b * factor
+                db.mul_(factor)
             else:
-                p = (queries.value + sums.shift[:, None]).sub_(norm[:, at]).exp_()
-                db = g * p
-            d_kv.baddbmm_(p.mT, do)
-            d_z.sub_((p * delta).sum(1))
-            dq[:, at] = queries.pull_back(db, d_parameters)
-        return (
-            *(None, None, None, dq),
-            *(d_kv.view_as(kv), d_z.view_as(z), None),
-            *d_parameters,
-        )
+                p = b.add_(sums.shift[:, None]).sub_(factor).exp2_()
+                db.mul_(p)
+            gradient.add(p[0], do[0])
+            gradient.z = gradient.z - (p * delta).sum(2)[0]
+            back(db, dq_tile)
+        gradient.write((d_kv, d_z, None), tile)
+    return dq, d_kv, d_z
+
+
+def row_dots(x: Tensor, y: Tensor, block: Block, groups: int) -> Tensor:
+    """x.y over the last dimension for a block of rows, packed as (T, G, R*C, 1)."""
+    products = natural(x[:, block.at], block, groups) * natural(y[:, block.at], block, groups)
+    dots = products.sum(-1)
+    t, n, h, r, c = dots.shape
+    return dots.reshape(t, n * h, r * c, 1)

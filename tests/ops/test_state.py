@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ close = {"rtol": 1e-10, "atol": 1e-10}
 def assert_same_state(a: ops.LinearState, b: ops.LinearState) -> None:
     """Equal as true sums, whatever the shifts."""
     torch.testing.assert_close(a.kv / a.z[..., None], b.kv / b.z[..., None], **close)
-    logs = [s.z.log() + (0 if s.shift is None else s.shift) for s in (a, b)]
+    logs = [s.z.log() + (0 if s.shift is None else s.shift * math.log(2)) for s in (a, b)]
     torch.testing.assert_close(*logs, **close)
 
 
@@ -135,7 +136,7 @@ def test_the_older_pair_goes_in_and_comes_out(features) -> None:
     S, Z = state
     assert len(state) == 2
     assert torch.equal(state[0], S)
-    factor = 1 if state.shift is None else state.shift.exp()
+    factor = 1 if state.shift is None else state.shift.exp2()
     torch.testing.assert_close(Z, factor * state.z, **close)
     a = ops.linear_attention_step(q, k, v, phi, state=[S, Z]).values
     b = ops.linear_attention_step(q, k, v, phi, state=state).values

@@ -1,0 +1,66 @@
+"""What a call is asked for, apart from its tensors."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .encode import Encoder
+from .features import Features
+from .kinds import KINDS, Formula
+
+
+class Settings(NamedTuple):
+    """Constants of one call of the chunked forms.
+
+    Attributes:
+        kind: name of the feature map in :data:`~.kinds.KINDS`, "" for a user's functions.
+        numbers: of the kind, see there.
+        chunk: tokens per chunk; 0 lets the passes choose.
+        eps: added to the denominator of features that are no exponentials.
+        normalised: whether the values are divided by the sum of their weights.
+        keep: whether a backward pass may follow.
+    """
+
+    kind: str = ""
+    numbers: tuple[float, ...] = ()
+    chunk: int = 0
+    eps: float = 0.0
+    normalised: bool = True
+    keep: bool = False
+
+
+class Call(NamedTuple):
+    """The settings with the feature map itself and the dtype of the sums and of the output."""
+
+    settings: Settings
+    features: Features
+    dtype: torch.dtype
+    chunk: int
+
+    @classmethod
+    def of(
+        cls,
+        settings: Settings,
+        features: Features | None,
+        projection: Tensor | None,
+        dtype: torch.dtype,
+        chunk: int,
+    ) -> Call:
+        """``features`` are the user's functions, None for a map that has a name."""
+        if features is None:
+            formula = Formula(settings.kind, projection, settings.numbers)
+            features = Features(
+                exponential=KINDS[formula.kind].exponential, any_layout=True, formula=formula
+            )
+        return cls(settings, features, dtype, settings.chunk or chunk)
+
+    def encoder(self, **options: Any) -> Encoder:
+        return Encoder(self.features, self.dtype, again=self.settings.keep, **options)
+
+    @property
+    def whole(self) -> bool:
+        """Whether the heads of a sequence must stay together: a user's map may tell them apart."""
+        return not self.features.any_layout

@@ -1,0 +1,179 @@
+"""Features of one block: by a formula of :mod:`.kinds`, or by a user's functions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from .features import Features
+from .kinds import KINDS, LOG2E, Kind
+from .layout import Block, natural, pack, unpack_into
+
+PullBack = Callable[[Tensor, Tensor], None]  # gradient of the features, gradient of x to fill
+
+
+class Encoder:
+    """phi of the queries or of the keys of a tile, block by block; log2(phi) for exponentials.
+
+    Values come packed, see :mod:`.layout`. Those of exponential maps may be overwritten.
+
+    Args:
+        features: the map.
+        dtype: dtype of the sums, in which features are given.
+        of_keys: whether this is the keys' half of the map.
+        groups: query heads for every key head.
+        mask: (n, length) bool of the tile, True = keep; dropped rows may hold anything.
+        again: whether the features will be computed again, in a backward pass.
+
+    Raises:
+        RuntimeError: for a user's map that draws random numbers though it will be called again.
+    """
+
+    def __init__(
+        self,
+        features: Features,
+        dtype: torch.dtype,
+        *,
+        of_keys: bool = False,
+        groups: int = 1,
+        mask: Tensor | None = None,
+        again: bool = False,
+    ) -> None:
+        self._again = again
+        self._features, self._dtype, self._groups, self._mask = features, dtype, groups, mask
+        self._function = features.keys if of_keys else features.queries
+        self._kind: Kind | None = None
+        if features.formula is not None:
+            self._kind = KINDS[features.formula.kind](features.formula, dtype)
+            self._value = self._kind.keys if of_keys else self._kind.queries
+            self._back = self._kind.keys_back if of_keys else self._kind.queries_back
+
+    def __call__(self, x: Tensor, block: Block) -> Tensor:
+        """Features of a block of (N, length, H*R, E), as (T, N*H, R*C, F)."""
+        if self._kind is not None:
+            return self._hide(self._value(self.rows(x, block)), block)
+        given = self._given(x, block)
+        if block.start or not self._again or self._features.any_layout:
+            return self._finish(self._call(given, block), block)
+        with _same_again(x):
+            return self._finish(self._call(given, block), block)
+
+    def differentiated(
+        self, x: Tensor, block: Block, d_parameters: list[Tensor | None]
+    ) -> tuple[Tensor, PullBack]:
+        """The same, and the function that pulls a gradient of phi, or of log(phi), back."""
+        if self._kind is not None:
+            rows = self.rows(x, block)
+            phi = self._value(rows)
+
+            def back(gradient: Tensor, dx: Tensor) -> None:
+                unpack_into(dx, block, self._back(gradient, phi, rows), self._groups)
+
+            return self._hide(phi, block), back
+        inputs = [self._given(x, block).requires_grad_(), *self._features.parameters]
+        with torch.enable_grad():
+            value = self._call(inputs[0], block)
+        if block.start == 0:
+            _check_leaves(value, inputs)
+
+        def pull_back(gradient: Tensor, dx: Tensor) -> None:
+            first, rest = None, []
+            if value.requires_grad:
+                first, *rest = torch.autograd.grad(value, inputs, gradient, allow_unused=True)
+            if first is None:
+                dx[:, block.at] = 0
+            elif self._features.any_layout:
+                unpack_into(dx, block, first, self._groups)
+            else:
+                dx[:, block.at] = first
+            for i, extra in enumerate(rest):
+                if extra is not None:
+                    old = d_parameters[i]
+                    d_parameters[i] = extra if old is None else old + extra
+
+        return self._finish(value.detach(), block), pull_back
+
+    def rows(self, x: Tensor, block: Block) -> Tensor:
+        """A block of x itself, packed, with zeros in the masked rows."""
+        rows = pack(x, block, self._dtype, self._groups)
+        drop = self.dropped(block, x.shape[2])
+        return rows if drop is None else rows.masked_fill_(drop, 0.0)
+
+    def dropped(self, block: Block, heads: int) -> Tensor | None:
+        """Where a row of a block is masked, (T, N*H, C, 1)."""
+        if self._mask is None:
+            return None
+        drop = ~self._mask[:, block.at, None, None].expand(-1, -1, heads, 1)
+        return pack(drop, block, torch.bool)
+
+    def _given(self, x: Tensor, block: Block) -> Tensor:
+        """What the user's function is called with: packed rows, or (N, T*C, H, E)."""
+        if self._features.any_layout:
+            return self.rows(x, block)
+        weights = self._features.dtype
+        x = x[:, block.at].detach()
+        x = x.to(torch.promote_types(x.dtype, weights) if weights else self._dtype)
+        if self._mask is None:
+            return x
+        return x.masked_fill(~self._mask[:, block.at, None, None], 0.0)
+
+    def _call(self, x: Tensor, block: Block) -> Tensor:
+        phi = self._function(x)
+        if not self._features.any_layout:
+            view = natural(phi, block, self._groups)
+            t, n, h, r, c, f = view.shape
+            phi = view.reshape(t, n * h, r * c, f)
+        return phi.to(self._dtype)
+
+    def _finish(self, phi: Tensor, block: Block) -> Tensor:
+        return self._hide(phi * LOG2E if self._features.exponential else phi, block)
+
+    def _hide(self, phi: Tensor, block: Block) -> Tensor:
+        """A masked key has a feature of 0, whose logarithm is -inf."""
+        if self._mask is None:
+            return phi
+        drop = self.dropped(block, phi.shape[1] // self._mask.shape[0])
+        assert drop is not None
+        return phi.masked_fill(drop, -torch.inf if self._features.exponential else 0.0)
+
+
+@contextmanager
+def _same_again(x: Tensor) -> Iterator[None]:
+    """Refuse features that draw random numbers, which the backward pass would draw again."""
+    module = torch if x.device.type == "cpu" else torch.get_device_module(x.device)
+    before = module.get_rng_state()
+    yield
+    if not torch.equal(before, module.get_rng_state()):
+        raise RuntimeError(
+            "the feature map draws random numbers while it encodes (dropout, perhaps), but its "
+            "features are computed again in the backward pass; draw them in new_feature_map"
+        )
+
+
+def width(features: Features, x: Tensor, dtype: torch.dtype) -> int:
+    """F, the number of features of keys x (N, length, H, E)."""
+    if features.formula is not None:
+        return KINDS[features.formula.kind].width(features.formula, x.shape[-1])
+    block = Block(0, 1, min(x.shape[1], 1))
+    return Encoder(features, dtype, of_keys=True)(x, block).shape[-1]
+
+
+def _check_leaves(value: Tensor, inputs: list[Tensor]) -> None:
+    """Every tensor that could receive a gradient is one that will."""
+    known, waiting, seen = set(map(id, inputs)), [value.grad_fn], set()
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        leaf = getattr(node, "variable", None)
+        if leaf is not None and id(leaf) not in known:
+            raise RuntimeError(
+                f"the feature map uses a tensor of shape {tuple(leaf.shape)} that requires a "
+                "gradient and would not get one; make it an nn.Parameter of the map, or list "
+                "it in Features.parameters"
+            )
+        waiting += [parent for parent, _ in node.next_functions]

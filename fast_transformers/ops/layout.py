@@ -1,0 +1,102 @@
+"""How a call is cut into pieces that fit a processor's cache, and how a piece is laid out.
+
+A *tile* is a few heads of a few sequences; tiles are independent. Within a tile the sequence is
+worked in *blocks* of ``t`` chunks of ``c`` tokens, packed as (T, G, C, D): chunk, head (of all
+sequences of the tile), token, dimension. With fewer key than query heads the R queries that
+share a key head stand below each other, as (T, G, R*C, D).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+TILE = 8  # heads worked at once
+BLOCK = 256  # most tokens worked at once
+
+
+class Tile(NamedTuple):
+    """Some sequences and some of their heads, as slices."""
+
+    rows: slice
+    heads: slice
+
+    def of(self, x: Tensor, groups: int = 1) -> Tensor:
+        """The tile of (N, length, H, D), with ``groups`` query heads for every key head."""
+        return x[self.rows, :, self.heads.start * groups : self.heads.stop * groups]
+
+    def of_mask(self, mask: Tensor | None) -> Tensor | None:
+        """The tile of (N, length)."""
+        return None if mask is None else mask[self.rows]
+
+
+def tiles(n: int, heads: int, whole: bool = False) -> Iterator[Tile]:
+    """Cover (n, heads) in tiles of about :data:`TILE` heads; ``whole`` keeps a sequence's heads
+    together, as a map with different weights for every head needs it."""
+    rows_at_once = max(1, TILE // max(heads, 1))
+    heads_at_once = heads if whole else TILE
+    for row in range(0, n, rows_at_once):
+        for head in range(0, heads, max(heads_at_once, 1)):
+            yield Tile(
+                slice(row, min(row + rows_at_once, n)),
+                slice(head, min(head + heads_at_once, heads)),
+            )
+
+
+class Block(NamedTuple):
+    """``t`` chunks of ``c`` tokens from token ``start`` on."""
+
+    start: int
+    t: int
+    c: int
+
+    @property
+    def at(self) -> slice:
+        return slice(self.start, self.start + self.t * self.c)
+
+    def halves(self) -> tuple[Block, Block]:
+        """Two blocks of the same tokens; for blocks of more than one token."""
+        if self.t > 1:
+            first = Block(self.start, self.t // 2, self.c)
+            return first, Block(first.at.stop, self.t - self.t // 2, self.c)
+        first = Block(self.start, 1, self.c // 2)
+        return first, Block(first.at.stop, 1, self.c - self.c // 2)
+
+
+def blocks(start: int, stop: int, chunk: int, most: int = BLOCK) -> Iterator[Block]:
+    """Cover the tokens in order, in blocks of whole chunks; a last, shorter chunk stands alone."""
+    per_block = max(1, most // chunk)
+    while start < stop:
+        chunks = min(per_block, (stop - start) // chunk)
+        block = Block(start, chunks, chunk) if chunks else Block(start, 1, stop - start)
+        yield block
+        start = block.at.stop
+
+
+def natural(x: Tensor, block: Block, groups: int = 1) -> Tensor:
+    """A (T, N, H, R, C, D) view of (N, T*C, H*R, D)."""
+    x = x.unflatten(1, (block.t, block.c)).unflatten(3, (x.shape[2] // groups, groups))
+    return x.permute(1, 0, 3, 4, 2, 5)
+
+
+def pack(x: Tensor, block: Block, dtype: torch.dtype, groups: int = 1) -> Tensor:
+    """Rows ``block`` of (N, length, H*R, D), any strides, copied to (T, N*H, R*C, D)."""
+    view = natural(x[:, block.at], block, groups)
+    packed = torch.empty(view.shape, dtype=dtype, device=x.device).copy_(view)
+    t, n, h, r, c, d = view.shape
+    return packed.view(t, n * h, r * c, d)
+
+
+def unpack_into(out: Tensor, block: Block, packed: Tensor, groups: int = 1) -> None:
+    """Write (T, N*H, R*C, D) to rows ``block`` of (N, length, H*R, D)."""
+    view = natural(out[:, block.at], block, groups)
+    view.copy_(packed.reshape(view.shape))
+
+
+def scale_into(out: Tensor, block: Block, packed: Tensor, factor: Tensor, groups: int = 1) -> None:
+    """Write packed rows times a factor (T, N*H, R*C, 1) to rows ``block`` of (N, length, ...)."""
+    view = natural(out[:, block.at], block, groups)
+    torch.mul(packed.view(view.shape), factor.view(*view.shape[:-1], 1), out=view)

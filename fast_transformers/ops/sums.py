@@ -1,0 +1,91 @@
+"""The running sums over the keys, S = sum phi(k) v^T and z = sum phi(k), of one tile."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .layout import Tile
+from .scaling import key_factors, lowest
+
+Triple = tuple[Tensor, Tensor, Tensor | None]  # kv (N, H, F, M), z and shift (N, H, F)
+
+
+def empty_sums(v: Tensor, features: int, exponential: bool, dtype: torch.dtype) -> Triple:
+    """The sums before the first key, for values like ``v`` (N, S, H, M)."""
+    n, _, h, m = v.shape
+    kv = v.new_zeros(n, h, features, m, dtype=dtype)
+    z = v.new_zeros(n, h, features, dtype=dtype)
+    return kv, z, torch.full_like(z, lowest(dtype)) if exponential else None
+
+
+class Sums:
+    """(G, F, M) and (G, F), relative to 2^shift (G, F) for exponential features.
+
+    No tensor is changed in place, so the three references are a snapshot.
+    """
+
+    def __init__(self, kv: Tensor, z: Tensor, shift: Tensor | None) -> None:
+        self.kv, self.z, self.shift = kv, z, shift
+
+    @classmethod
+    def of_tile(cls, state: Triple, tile: Tile) -> Sums:
+        kv, z, shift = (
+            None if x is None else x.detach()[tile.rows, tile.heads].flatten(0, 1) for x in state
+        )
+        return cls(kv, z, shift)  # pyright: ignore[reportArgumentType]
+
+    def write(self, state: Triple, tile: Tile) -> None:
+        for mine, whole in zip((self.kv, self.z, self.shift), state, strict=True):
+            if mine is not None and whole is not None:
+                part = whole[tile.rows, tile.heads]
+                part.copy_(mine.view(part.shape))
+
+    def snapshot(self) -> Sums:
+        return Sums(self.kv, self.z, self.shift)
+
+    def enter(self, a: Tensor) -> Tensor:
+        """Factors of the keys of a block relative to a shift that includes them."""
+        kappa, self.shift, decay = key_factors(a, self.shift)
+        if decay is not None:
+            self.kv, self.z = self.kv * decay[..., None], self.z * decay
+        return kappa
+
+    def add(self, kappa: Tensor, v: Tensor) -> None:
+        """Add the keys and values of one chunk to S; z is for :meth:`z_before` to follow."""
+        self.kv = torch.baddbmm(self.kv, kappa.mT, v)
+
+    def z_before(self, kappa: Tensor) -> Tensor:
+        """z before each chunk of a block, (T, G, F); afterwards z includes the block."""
+        totals = kappa.sum(2)
+        if len(totals) == 1:
+            before, self.z = self.z[None], self.z + totals[0]
+            return before
+        after = totals.cumsum_(0).add_(self.z)
+        before = torch.cat([self.z[None], after[:-1]])
+        self.z = after[-1]
+        return before
+
+    def lower(self, shift: Tensor) -> None:
+        """Sums of the future follow the shift on its way back: it never rises."""
+        assert self.shift is not None
+        decay = (shift - self.shift).exp2_()
+        self.kv, self.z, self.shift = self.kv * decay[..., None], self.z * decay, shift
+
+    def z_after(self, terms: Tensor) -> Tensor:
+        """z after each chunk of a block that is swept in reverse; then z includes the block.
+
+        ``terms`` (T, G, rows, F) are what its queries add.
+        """
+        totals = terms.sum(2)
+        after = []
+        for total in reversed(totals):
+            after.append(self.z)
+            self.z = self.z + total
+        return torch.stack(after[::-1])
+
+    def absorb(self, kappa: Tensor, v: Tensor) -> None:
+        """Add all keys and values of a block."""
+        for i in range(len(kappa)):
+            self.add(kappa[i], v[i])
+        self.z_before(kappa)
