@@ -14,7 +14,7 @@ from torch import Tensor, distributed, multiprocessing, nn
 from fast_transformers.builders import TransformerEncoderBuilder
 from fast_transformers.feature_maps import ActivationFunctionFeatureMap
 from fast_transformers.masking import TriangularCausalMask
-from tests.maps import ALL, BUILT_IN
+from tests.maps import ALL
 from tests.support import assert_as_accurate
 
 pytestmark = pytest.mark.skipif(
@@ -116,7 +116,7 @@ def train(rank: int, store: str, wrap, alike: bool, maps) -> None:
         (ddp, False, {**ALL, **RELU}),
         (ddp_without_broadcasts, True, {**ALL, **RELU}),
         (sharded, True, {**ALL, **RELU}),
-        (flat, True, {**BUILT_IN, **RELU}),
+        (flat, True, {**ALL, **RELU}),
     ],
     ids=["ddp", "ddp-without-broadcasts", "fully_shard", "fsdp"],
 )

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import Features
-from .base import FeatureMap, elu_feature_map
+from .base import FeatureMap, elu_feature_map, takes_device
 
 
 def build_feature_map(factory: Callable[[int], Any] | None, query_dimensions: int) -> Any:
@@ -50,18 +48,19 @@ def build_feature_map(factory: Callable[[int], Any] | None, query_dimensions: in
 
 
 def draw(feature_map: Any, device: torch.device) -> None:
-    """Call ``new_feature_map``, whether or not it takes the device."""
-    if _takes_device(type(feature_map)):
+    """Call ``new_feature_map``, whether or not it takes the device.
+
+    A forward pass that runs inside a backward pass is one that :mod:`torch.utils.checkpoint`
+    computes again: it must see the features that it saw first, so nothing is drawn. They are
+    still there if the map has not been drawn in between, for another forward pass.
+    """
+    if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
+        return
+    if takes_device(feature_map):
         feature_map.new_feature_map(device)
     else:
         feature_map.new_feature_map()
     feature_map.drawn = True
-
-
-@functools.cache
-def _takes_device(kind: type) -> bool:
-    parameters = list(inspect.signature(kind.new_feature_map).parameters.values())[1:]
-    return any(p.kind is not inspect.Parameter.KEYWORD_ONLY for p in parameters)
 
 
 def features_of(feature_map: Any) -> Features:
@@ -83,12 +82,8 @@ def features_of(feature_map: Any) -> Features:
         if formula.projection is None or not torch.is_grad_enabled():
             return features
         copy = formula.projection.detach().clone()
-        frozen = [(feature_map._buffers, "omega", copy)]
-        return features._replace(
-            formula=formula._replace(projection=copy),
-            queries=_WithTensors(queries, frozen),
-            keys=_WithTensors(keys, frozen),
-        )
+        features = features._replace(formula=formula._replace(projection=copy))
+        return _with_tensors(features, [(feature_map._buffers, "omega", copy)])
     if not isinstance(feature_map, nn.Module):
         return features
     if not any_input:
@@ -98,40 +93,55 @@ def features_of(feature_map: Any) -> Features:
         )
     if not torch.is_grad_enabled():
         return features
-    frozen = _frozen_tensors(feature_map)
-    if frozen:
-        features = features._replace(
-            queries=_WithTensors(queries, frozen), keys=_WithTensors(keys, frozen)
-        )
-    weights = (p for p in feature_map.parameters() if p.requires_grad)
-    return features._replace(parameters=tuple(weights))
+    held = [] if torch.compiler.is_compiling() else _held_tensors(feature_map)
+    features = _with_tensors(features, held)
+    trained = {id(tensor): tensor for _, _, tensor in held if tensor.requires_grad}
+    return features._replace(parameters=tuple(trained.values()))
 
 
-_Frozen = list[tuple[dict[str, Any], str, Tensor]]  # where a tensor lives, its name, its copy
+_Held = list[tuple[dict[str, Any], str, Tensor]]  # where a tensor lives, its name, its value
 
 
-def _frozen_tensors(module: nn.Module) -> _Frozen:
-    places = [d for m in module.modules() for d in (m._buffers, vars(m))]
+def _held_tensors(module: nn.Module) -> _Held:
+    """The tensors of this call: trained ones as they are, random ones copied.
+
+    Trained ones need not be registered: while ``FullyShardedDataParallel`` runs a module they
+    are plain attributes, views of one parameter.
+    """
+    places = [d for m in module.modules() for d in (m._parameters, m._buffers, vars(m))]
     return [
-        (place, name, tensor.detach().clone())
+        (place, name, tensor if _trained(tensor) else tensor.detach().clone())
         for place in places
         for name, tensor in place.items()
         if isinstance(tensor, Tensor) and tensor.is_floating_point()
     ]
 
 
+def _trained(tensor: Tensor) -> bool:
+    return tensor.requires_grad or isinstance(tensor, nn.Parameter)
+
+
+def _with_tensors(features: Features, held: _Held) -> Features:
+    if not held or torch.compiler.is_compiling():  # a compiler sees the functions as they are
+        return features
+    queries, keys = (_WithTensors(method, held) for method in (features.queries, features.keys))
+    return features._replace(queries=queries, keys=keys)
+
+
 class _WithTensors:
     """A method of a module, called with some of the module's tensors put back."""
 
-    def __init__(self, method: Callable[[Tensor], Tensor], frozen: _Frozen) -> None:
-        self._method, self._frozen = method, frozen
+    def __init__(self, method: Callable[[Tensor], Tensor], held: _Held) -> None:
+        self._method, self._held = method, held
 
     def __call__(self, x: Tensor) -> Tensor:
-        now = [place[name] for place, name, _ in self._frozen]
+        before = [(place, name, place.get(name)) for place, name, _ in self._held]
         try:
-            for place, name, tensor in self._frozen:
+            for place, name, tensor in self._held:
                 place[name] = tensor
             return self._method(x)
         finally:
-            for (place, name, _), tensor in zip(self._frozen, now, strict=True):
+            for place, name, tensor in before:
                 place[name] = tensor
+                if tensor is None:  # it has moved to another dictionary
+                    del place[name]

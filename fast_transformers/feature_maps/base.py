@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -51,6 +52,7 @@ class FeatureMap(nn.Module):
     exponential = False
     any_input = False
     drawn = False
+    _takes_device = True
 
     def __init__(self, query_dimensions: int) -> None:
         super().__init__()
@@ -59,6 +61,7 @@ class FeatureMap(nn.Module):
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         own = vars(cls)
+        cls._takes_device = _has_parameter(cls.new_feature_map)
         redefined = any(f"forward{part}" in own for part in ("", "_queries", "_keys"))
         if redefined and not any(name in own for name in ("log_queries", "log_keys")):
             cls.exponential = False  # the inherited logarithms are those of other features
@@ -123,6 +126,17 @@ class FeatureMap(nn.Module):
         128
         """
         return _Factory(cls, args, kwargs)
+
+
+def _has_parameter(method: Callable[..., None]) -> bool:
+    parameters = list(inspect.signature(method).parameters.values())[1:]
+    return any(p.kind is not inspect.Parameter.KEYWORD_ONLY for p in parameters)
+
+
+def takes_device(feature_map: Any) -> bool:
+    """Whether ``new_feature_map`` has a parameter for the device."""
+    known = getattr(feature_map, "_takes_device", None)  # of classes known when they were defined
+    return _has_parameter(type(feature_map).new_feature_map) if known is None else known
 
 
 class ActivationFunctionFeatureMap(FeatureMap):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -25,6 +27,33 @@ def orthogonal_random_matrix_(w: Tensor, generator: torch.Generator | None = Non
         norms = torch.randn(rows, rows, generator=generator, device="cpu").norm(dim=0)
         groups.append(q * (r.diagonal().sign() * norms))
     return w.copy_(torch.cat(groups, 1)[:, :columns])
+
+
+@torch.no_grad()
+def fill_(omega: Tensor, orthogonal: bool, generator: torch.Generator | None = None) -> None:
+    """Draw a projection (E, columns) in place, on the CPU: a seed means the same anywhere."""
+    if orthogonal:
+        orthogonal_random_matrix_(omega, generator)
+    else:
+        omega.copy_(torch.randn(omega.shape, generator=generator, device="cpu"))
+
+
+@torch.library.custom_op(
+    "fast_transformers::redraw",
+    mutates_args=("omega", "calls"),
+    schema="(Tensor(a!) omega, Tensor(b!) calls, Tensor seed, int every, bool orthogonal) -> ()",
+)
+def _redraw(omega: Tensor, calls: Tensor, seed: Tensor, every: int, orthogonal: bool) -> None:
+    """Count a call and draw, if it is time to; an operator, so that compiled models redraw."""
+    n = int(calls)
+    if n and n % every == 0:  # call 0 uses what was drawn first, or loaded
+        fill_(omega, orthogonal, torch.Generator().manual_seed((int(seed) + n) % 2**63))
+    calls += 1
+
+
+@_redraw.register_fake
+def _(*_: Any) -> None:
+    return None
 
 
 class RandomFeatureMap(FeatureMap):
@@ -79,27 +108,17 @@ class RandomFeatureMap(FeatureMap):
         self.register_buffer("omega", torch.empty(query_dimensions, columns))
         self.register_buffer("calls", torch.zeros((), dtype=torch.int64), persistent=False)
         self.register_buffer("seed", seed.to(self.omega.device), persistent=False)
-        self._fill(torch.Generator().manual_seed(int(seed)))
+        fill_(self.omega, orthogonal, torch.Generator().manual_seed(int(seed)))
 
     def new_feature_map(self, device: torch.device | None = None) -> None:
         """Redraw, if it is time to; see the class."""
         if self.deterministic_eval and not self.training:
             return
-        calls = int(self.calls)
-        if calls and calls % self.redraw == 0:  # call 0 uses what was drawn first, or loaded
-            self._fill(torch.Generator().manual_seed((int(self.seed) + calls) % 2**63))
-        self.calls += 1
+        _redraw(self.omega, self.calls, self.seed, self.redraw, self.orthogonal)
 
     def resample(self, generator: torch.Generator | None = None) -> None:
         """Draw ``omega`` now, from ``generator`` or torch's global one."""
-        self._fill(generator)
-
-    @torch.no_grad()
-    def _fill(self, generator: torch.Generator | None) -> None:
-        if self.orthogonal:
-            orthogonal_random_matrix_(self.omega, generator)
-        else:
-            self.omega.copy_(torch.randn(self.omega.shape, generator=generator, device="cpu"))
+        fill_(self.omega, self.orthogonal, generator)
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """sqrt(softmax_temp) x, and its products with omega, in float32 at least."""

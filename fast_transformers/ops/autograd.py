@@ -21,17 +21,17 @@ from .features import Features
 _USE_REFERENCE = "pass impl='reference' to the functions in fast_transformers.ops for this"
 
 
-class _Pass(Function):
-    """What the passes share. Arguments begin with settings, features and projection."""
+def run(function: type[Function], differentiable: bool, *args: Any) -> Any:
+    """``function.apply(*args)``; a compiler is shown autograd functions for gradients only.
 
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> Any:
-        raise NotImplementedError(
-            f"the chunked form has no forward-mode derivatives (jvp); {_USE_REFERENCE}"
-        )
+    Dynamo of torch 2.13 traces ``apply`` wrongly where no gradient is wanted.
+    """
+    if torch.compiler.is_compiling() and not differentiable:
+        return function.forward(*args)
+    return function.apply(*args)
 
 
-class _BackwardPass(_Pass):
+class BackwardPass(Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         pass
@@ -55,7 +55,7 @@ def _folded(
     projection and of the results.
     """
     shared, tensors = args[:3], args[3 : 3 + len(batch_in)]
-    if len(args) > 3 + len(batch_in) or any(d is not None for d in in_dims[:3]):
+    if len(args) > 3 + len(batch_in) or in_dims[2] is not None:
         raise NotImplementedError(
             f"vmap over a feature map with trained or batched weights; {_USE_REFERENCE}"
         )
@@ -72,7 +72,7 @@ def _folded(
     )
 
 
-class Causal(_Pass):
+class Causal(Function):
     @staticmethod
     def forward(
         settings: Settings, features: Features | None, projection: Tensor | None, *tensors: Any
@@ -94,7 +94,8 @@ class Causal(_Pass):
         projection, mask, q, k, v, kv, _, _, *parameters = saved[:-9]
         out, _, _, shift, *kept = saved[-9:]
         d_out = torch.zeros_like(out) if d_out is None else d_out
-        dq, dk, dv, d_kv, d_z, *d_parameters = CausalBackward.apply(
+        dq, dk, dv, d_kv, d_z, *d_parameters = run(
+            CausalBackward, False,
             ctx.settings, ctx.features, projection,
             mask, q, k, v, shift, out, *kept, d_out, d_kv, d_z, *parameters,
         )  # fmt: skip
@@ -108,7 +109,7 @@ class Causal(_Pass):
         )
 
 
-class CausalBackward(_BackwardPass):
+class CausalBackward(BackwardPass):
     @staticmethod
     def forward(
         settings: Settings, features: Features | None, projection: Tensor | None, *tensors: Any
@@ -121,7 +122,7 @@ class CausalBackward(_BackwardPass):
         return _folded(CausalBackward, info.batch_size, in_dims, args, batch, [0] * 5)
 
 
-class Accumulate(_Pass):
+class Accumulate(Function):
     @staticmethod
     def forward(
         settings: Settings, features: Features | None, projection: Tensor | None, *tensors: Any
@@ -143,8 +144,19 @@ class Accumulate(_Pass):
         kv_out, z_out, shift = saved[-3:]
         d_kv = torch.zeros_like(kv_out) if d_kv is None else d_kv
         d_z = torch.zeros_like(z_out) if d_z is None else d_z
-        dk, dv, *d_parameters = AccumulateBackward.apply(
-            ctx.settings, ctx.features, projection, mask, k, v, shift, d_kv, d_z, *parameters
+        dk, dv, *d_parameters = run(
+            AccumulateBackward,
+            False,
+            ctx.settings,
+            ctx.features,
+            projection,
+            mask,
+            k,
+            v,
+            shift,
+            d_kv,
+            d_z,
+            *parameters,
         )
         if kv is None:
             d_kv = d_z = None
@@ -158,7 +170,7 @@ class Accumulate(_Pass):
         return _folded(Accumulate, info.batch_size, in_dims, args, [0] * 6, [0] * 3)
 
 
-class AccumulateBackward(_BackwardPass):
+class AccumulateBackward(BackwardPass):
     @staticmethod
     def forward(
         settings: Settings, features: Features | None, projection: Tensor | None, *tensors: Any
@@ -170,7 +182,7 @@ class AccumulateBackward(_BackwardPass):
         return _folded(AccumulateBackward, info.batch_size, in_dims, args, [0] * 6, [0] * 2)
 
 
-class Attend(_Pass):
+class Attend(Function):
     @staticmethod
     def forward(
         settings: Settings, features: Features | None, projection: Tensor | None, *tensors: Any
@@ -190,8 +202,20 @@ class Attend(_Pass):
         projection, q, kv, z, shift, *parameters, out, norm = ctx.saved_tensors
         if d_out is None:
             d_out = torch.zeros_like(out)
-        dq, d_kv, d_z, *d_parameters = AttendBackward.apply(
-            ctx.settings, ctx.features, projection, q, kv, z, shift, out, norm, d_out, *parameters
+        dq, d_kv, d_z, *d_parameters = run(
+            AttendBackward,
+            False,
+            ctx.settings,
+            ctx.features,
+            projection,
+            q,
+            kv,
+            z,
+            shift,
+            out,
+            norm,
+            d_out,
+            *parameters,
         )
         return None, None, None, dq, d_kv, d_z, None, *d_parameters
 
@@ -200,7 +224,7 @@ class Attend(_Pass):
         return _folded(Attend, info.batch_size, in_dims, args, [0] * 4, [0] * 2)
 
 
-class AttendBackward(_BackwardPass):
+class AttendBackward(BackwardPass):
     @staticmethod
     def forward(
         settings: Settings, features: Features | None, projection: Tensor | None, *tensors: Any

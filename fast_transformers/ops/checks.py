@@ -36,10 +36,12 @@ def check_inputs(q: Tensor, k: Tensor, v: Tensor, dim: int = 4) -> None:
                 f"{name} must have the batch size of the queries ({q.shape[0]}), got "
                 f"{x.shape[0]}; expand or repeat the smaller one"
             )
-        if x.shape[-2] != q.shape[-2]:
+    for name, x in (("keys", k), ("values", v)):
+        if x.shape[-2] != k.shape[-2] or (q.shape[-2] % max(x.shape[-2], 1)):
             raise ValueError(
-                f"{name} must have the heads of the queries ({q.shape[-2]}), got {x.shape[-2]}; "
-                "the layout is " + _LAYOUT[dim]
+                f"{name} must have the heads of the queries ({q.shape[-2]}), or a divisor of that "
+                f"number, the same for keys and values, got {x.shape[-2]}; the layout is "
+                + _LAYOUT[dim]
             )
     if v.shape[:-1] != k.shape[:-1]:
         raise ValueError(

@@ -107,7 +107,7 @@ class Encoder:
         if self._mask is None:
             return None
         drop = ~self._mask[:, block.at, None, None].expand(-1, -1, heads, 1)
-        return pack(drop, block, torch.bool)
+        return pack(drop, block._replace(start=0), torch.bool)
 
     def _given(self, x: Tensor, block: Block) -> Tensor:
         """What the user's function is called with: packed rows, or (N, T*C, H, E)."""
@@ -163,7 +163,8 @@ def width(features: Features, x: Tensor, dtype: torch.dtype) -> int:
 
 def _check_leaves(value: Tensor, inputs: list[Tensor]) -> None:
     """Every tensor that could receive a gradient is one that will."""
-    known, waiting, seen = set(map(id, inputs)), [value.grad_fn], set()
+    known, waiting = set(map(id, inputs)), [value.grad_fn]
+    seen = {x.grad_fn for x in inputs}  # what lies beyond is reached through them
     while waiting:
         node = waiting.pop()
         if node is None or node in seen:

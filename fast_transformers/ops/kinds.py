@@ -67,6 +67,15 @@ class Kind:
         return gradient
 
 
+class Logarithm(Kind):
+    """phi(x) = exp(x): what is given are the logarithms of features."""
+
+    exponential = True
+
+    def value(self, x: Tensor) -> Tensor:
+        return x * LOG2E
+
+
 class EluPlusOne(Kind):
     """elu(x) + 1 as exp(min(x, 0)) + relu(x); its derivative is min(phi, 1).
 
@@ -188,6 +197,7 @@ class Hyperbolic(Projected):
 
 KINDS: dict[str, type[Kind]] = {
     "identity": Kind,
+    "logarithm": Logarithm,
     "elu_plus_one": EluPlusOne,
     "relu": Relu,
     "projected_relu": ProjectedRelu,

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import Function
 
-from .autograd import Accumulate, Attend, Causal
+from .autograd import Accumulate, Attend, Causal, run
 from .call import Settings
 from .features import Features
 from .kinds import Formula
@@ -31,10 +33,15 @@ def causal(
     Without ``normalised`` the values are not divided by the sum of their weights; that has a
     meaning only for features that are not exponentials.
     """
-    sums = _sums(state)
-    tensors = (key_mask, q, k, v, *sums)
+    if _must_be_seen(features):
+        q, k = (
+            _encoded(features.queries, q, features),
+            _encoded(features.keys, k, features, key_mask),
+        )
+        features = _given(features)
+    tensors = (key_mask, q, k, v, *_sums(state))
     settings = _settings(features, tensors, chunk=chunk_size or 0, eps=eps, normalised=normalised)
-    out, *final = Causal.apply(*_map(settings, features), *tensors, *features.parameters)
+    out, *final = _run(Causal, settings, features, tensors)
     return out, _state(features, *final[:3])
 
 
@@ -48,9 +55,11 @@ def accumulate(
     chunk_size: int | None,
 ) -> LinearState:
     """Add keys (N, S, H, E) and values (N, S, H, M) to a state."""
+    if _must_be_seen(features):
+        k, features = _encoded(features.keys, k, features, key_mask), _given(features)
     tensors = (key_mask, k, v, *_sums(state))
     settings = _settings(features, tensors, chunk=chunk_size or 0)
-    final = Accumulate.apply(*_map(settings, features), *tensors, *features.parameters)
+    final = _run(Accumulate, settings, features, tensors)
     return _state(features, *final)
 
 
@@ -58,9 +67,34 @@ def attend(
     q: Tensor, state: LinearState, features: Features, *, eps: float, chunk_size: int | None
 ) -> Tensor:
     """Look queries (N, L, H*R, E) up in a state: (N, L, H*R, M), in the dtype of the sums."""
+    if _must_be_seen(features):
+        q, features = _encoded(features.queries, q, features), _given(features)
     tensors = (q, *_sums(state))
     settings = _settings(features, tensors, chunk=chunk_size or 0, eps=eps)
-    return Attend.apply(*_map(settings, features), *tensors, *features.parameters)[0]
+    return _run(Attend, settings, features, tensors)[0]
+
+
+def _must_be_seen(features: Features) -> bool:
+    """Whether a compiler has to see a user's functions, which no operator can call."""
+    return features.formula is None and torch.compiler.is_compiling()
+
+
+def _encoded(
+    function: Callable[[Tensor], Tensor],
+    x: Tensor,
+    features: Features,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """Features of the whole sequence, for the compiler to fuse with what comes before them."""
+    if mask is not None:
+        x = x.masked_fill(~mask[:, :, None, None], 0)
+    lowest = torch.float32 if features.dtype is None else features.dtype
+    return function(x.to(torch.promote_types(x.dtype, lowest)))
+
+
+def _given(features: Features) -> Features:
+    kind = "logarithm" if features.exponential else "identity"
+    return Features(exponential=features.exponential, any_layout=True, formula=Formula(kind))
 
 
 def _settings(features: Features, tensors: tuple[Tensor | None, ...], **options: Any) -> Settings:
@@ -70,10 +104,15 @@ def _settings(features: Features, tensors: tuple[Tensor | None, ...], **options:
     return Settings(formula.kind, formula.numbers, **options, keep=keep)
 
 
-def _map(settings: Settings, features: Features) -> tuple[Any, ...]:
-    if features.formula is None:
-        return settings, features, None
-    return settings, None, features.formula.projection
+def _run(
+    function: type[Function],
+    settings: Settings,
+    features: Features,
+    tensors: tuple[Tensor | None, ...],
+) -> Any:
+    formula = features.formula
+    named = (settings, features, None) if formula is None else (settings, None, formula.projection)
+    return run(function, settings.keep, *named, *tensors, *features.parameters)
 
 
 def _sums(state: LinearState | None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:

@@ -24,6 +24,7 @@ FEATURES = {
     "positive": positive_features(),
     "exponential": exponential_features(),
 }
+MANY = {"positive": positive_features(4, 6), "exponential": exponential_features(4, 6)}
 FUNCTIONS = {"full": ops.linear_attention, "causal": ops.causal_linear_attention}
 
 
@@ -94,6 +95,46 @@ def test_masked_keys(kind, features, impl) -> None:
         q, k, v = (x[:1] for x in inputs)
         left = FUNCTIONS[kind](q, k[:, mask[0]], v[:, mask[0]], FEATURES[features]).values
         torch.testing.assert_close(masked(*inputs).values[:1], left, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("features", MANY)
+@pytest.mark.parametrize("kind", FUNCTIONS)
+def test_many_blocks_and_tiles(kind, features) -> None:
+    """Several kept states, several tiles, and masked keys in all of them."""
+    inputs = make_qkv(600, N=3, H=9, E=4, M=3, dtype=torch.float64)
+    mask = torch.rand(3, 600, generator=torch.Generator().manual_seed(2)) > 0.3
+    mask[0, :300] = mask[1, 200:] = False
+    w = torch.randn(3, 600, 9, 3, generator=torch.Generator().manual_seed(1)).double()
+    run = partial(FUNCTIONS[kind], features=MANY[features])
+
+    def results(row: slice, head: slice, **options) -> list[torch.Tensor]:
+        leaves = [x[row, :, head].clone().requires_grad_() for x in inputs]
+        out = run(*leaves, key_mask=mask[row], **options).values
+        gradients = torch.autograd.grad((out * w[row, :, head]).sum(), leaves)
+        return [out.detach(), *gradients]
+
+    together = results(slice(None), slice(None))
+    for row, head in ((0, 0), (1, 8), (2, 7)):
+        at = slice(row, row + 1), slice(head, head + 1)
+        for a, b in zip(together, results(*at, impl="recurrent"), strict=True):
+            torch.testing.assert_close(a[at[0], :, at[1]], b, rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize("impl", ["chunked", "recurrent"])
+@pytest.mark.parametrize("features", ["positive", "exponential"])
+@pytest.mark.parametrize("kind", FUNCTIONS)
+def test_grouped_queries(kind, features, impl) -> None:
+    """Three query heads to a key head: as if every key head were there three times."""
+    q, k, v = make_qkv(140, H=6, dtype=torch.float64)
+    k, v = k[:, :, :2], v[:, :, :2]
+    check(FUNCTIONS[kind], FEATURES[features], [q, k, v], impl=impl)
+    grouped = FUNCTIONS[kind](q, k, v, FEATURES[features], impl=impl)
+    repeated = [x.repeat_interleave(3, 2) for x in (k, v)]
+    expected = FUNCTIONS[kind](q, *repeated, FEATURES[features], impl="reference")
+    torch.testing.assert_close(grouped.values, expected.values, rtol=1e-9, atol=1e-12)
+    assert grouped.state.kv.shape[1] == 2
+    with pytest.raises(ValueError, match="or a divisor"):
+        FUNCTIONS[kind](q[:, :, :5], k, v, FEATURES[features])
 
 
 def test_causal_definition() -> None:
