@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import checks, reference, stream
+from . import checks, packed, reference, stream
 from .choose import resolve
 from .features import IDENTITY, Features, sum_dtype, without_autocast
 from .state import Attended, LinearState, as_state
@@ -27,6 +28,8 @@ def linear_attention(
     eps: float = 1e-6,
     impl: str = "auto",
     chunk_size: int | None = None,
+    cu_seqlens: Tensor | None = None,
+    cu_seqlens_keys: Tensor | None = None,
 ) -> Attended:
     """Every query attends to every key.
 
@@ -36,8 +39,9 @@ def linear_attention(
 
     Args:
         q: (N, L, H, E) queries, of any floating dtype and any strides.
-        k: (N, S, H, E) keys.
-        v: (N, S, H, M) values.
+        k: (N, S, H, E) keys. Fewer heads than queries have are grouped-query attention: with
+            H/R heads, query head h looks at key head h // R. Keys are not repeated in memory.
+        v: (N, S, H, M) values, with the heads of the keys.
         features: the feature map; None if ``q`` and ``k`` are features already.
         key_mask: (N, S) bool, True = keep. Masked keys and values may hold anything.
         state: sums over earlier keys, which count as if they preceded ``k``.
@@ -45,14 +49,27 @@ def linear_attention(
             denominator is at least 1 in the units it is computed in. 0/0 is 0.
         impl: "auto", or a key of :data:`~fast_transformers.ops.FORMS`, which runs or raises.
         chunk_size: tokens per chunk of the chunked form; None chooses by the length.
+        cu_seqlens: (B + 1,) integers, for B sequences packed one behind the other into inputs of
+            shape (1, T, H, dim): where each begins, and T. Nothing crosses a boundary. ``state``
+            is then that of the B sequences. Nested tensors of layout ``torch.jagged``,
+            (N, length, H, dim), are packed sequences that know their boundaries.
+        cu_seqlens_keys: the same for keys and values; None if they have those of the queries.
 
     Returns:
-        values (N, L, H, M) in the dtype of ``v``, and the state that includes ``k`` and ``v``.
+        values (N, L, H, M) in the dtype of ``v``, and the state that includes ``k`` and ``v``;
+        nested values for nested tensors.
 
     Raises:
         TypeError: for inputs or a state of the wrong type or dtype.
         ValueError: for shapes that do not fit, or an ``impl`` that cannot serve the call.
     """
+    options = {"features": features, "eps": eps, "impl": impl, "chunk_size": chunk_size}
+    if isinstance(q, Tensor) and q.is_nested:
+        return packed.nested(linear_attention, q, k, v, state=state, **options)
+    if cu_seqlens is not None:
+        return _packed(
+            linear_attention, q, k, v, cu_seqlens, cu_seqlens_keys, key_mask, state, options
+        )
     with without_autocast(q):
         features, state = _checked(q, k, v, features, key_mask, state, chunk_size)
         impl = resolve(impl, causal=False, length=q.shape[1], keys=k.shape[1])
@@ -80,6 +97,8 @@ def causal_linear_attention(
     eps: float = 1e-6,
     impl: str = "auto",
     chunk_size: int | None = None,
+    cu_seqlens: Tensor | None = None,
+    cu_seqlens_keys: Tensor | None = None,
 ) -> Attended:
     """Query i attends to the keys j <= i.
 
@@ -91,6 +110,13 @@ def causal_linear_attention(
 
     Arguments, results and errors are those of :func:`linear_attention`.
     """
+    options = {"features": features, "eps": eps, "impl": impl, "chunk_size": chunk_size}
+    if isinstance(q, Tensor) and q.is_nested:
+        return packed.nested(causal_linear_attention, q, k, v, state=state, **options)
+    if cu_seqlens is not None:
+        return _packed(
+            causal_linear_attention, q, k, v, cu_seqlens, cu_seqlens_keys, key_mask, state, options
+        )
     with without_autocast(q):
         features, state = _checked(q, k, v, features, key_mask, state, chunk_size)
         impl = resolve(impl, causal=True, length=q.shape[1], keys=k.shape[1])
@@ -156,6 +182,27 @@ def linear_attention_step(
             state = absorb(k, v, features, state=state, dtype=dtype)
         values = look_up(q, state, features, eps=eps)
         return Attended(values.to(q.dtype), state)
+
+
+def _packed(
+    function: Callable[..., Attended],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    cu_seqlens_keys: Tensor | None,
+    key_mask: Tensor | None,
+    state: State,
+    options: dict[str, Any],
+) -> Attended:
+    checks.check_inputs(q, k, v)
+    checks.check_key_mask(key_mask, k)
+    features = options["features"] or IDENTITY
+    state = as_state(state, features.exponential)
+    return packed.packed(
+        function, q, k, v, cu_seqlens=cu_seqlens, cu_seqlens_keys=cu_seqlens_keys,
+        key_mask=key_mask, state=state, **options,
+    )  # fmt: skip
 
 
 def _checked(

@@ -33,7 +33,8 @@ class Settings(NamedTuple):
 
 
 class Call(NamedTuple):
-    """The settings with the feature map itself and the dtype of the sums and of the output."""
+    """The settings with the feature map itself, the dtype of the sums and of the output, and
+    the tokens per chunk (0 lets the pass choose)."""
 
     settings: Settings
     features: Features

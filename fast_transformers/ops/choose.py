@@ -9,8 +9,6 @@ FORMS = {
     "recurrent": "token by token, as in generation; the second specification",
 }
 
-FULL_CHUNK = 256  # of attention to all keys, where a chunk's size changes no cost but memory
-
 
 def causal_chunk(length: int) -> int:
     """Tokens per chunk of causal attention: 64, or all of a short sequence in one chunk.

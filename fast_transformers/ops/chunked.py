@@ -21,8 +21,8 @@ from torch import Tensor
 from .call import Call
 from .checks import check_state_width, check_widths
 from .encode import Encoder, width
-from .layout import BLOCK, Tile, blocks, scale_into, tiles, unpack_into
-from .scaling import factors_of, is_spread, query_factors
+from .layout import BLOCK, BLOCK_FEATURES, Block, Tile, blocks, scale_into, tiles, unpack_into
+from .scaling import factors_of, query_factors
 from .sums import Sums, Triple, empty_sums
 
 
@@ -108,6 +108,12 @@ def intervals(length: int, every: int) -> list[slice]:
     return [slice(start, min(start + every, length)) for start in range(0, length, every)]
 
 
+def cut(interval: slice, chunk: int, features: int) -> list[Block]:
+    """The blocks of some tokens: chunks are worked together until their features would not fit
+    a processor's cache, or one reference would not do for all of them (see :mod:`.scaling`)."""
+    return list(blocks(interval.start, interval.stop, chunk, BLOCK_FEATURES // features))
+
+
 def allocate(call: Call, inputs: Inputs) -> tuple[Tensor, Triple, Kept]:
     """Memory for the results of :func:`forward`, with the sums before the first key."""
     features = width(call.features, inputs.k, call.dtype)
@@ -134,42 +140,36 @@ def forward(call: Call, inputs: Inputs, state: Triple | None) -> tuple[Tensor, T
 
 
 def _forward_tile(call: Call, inputs: Inputs, sums: Sums, out: Tensor, kept: Kept) -> None:
-    encoders, keep = inputs.encoders(call), call.settings.keep
-    every = spacing(call, inputs, sums.z.shape[-1])
-    for i, interval in enumerate(intervals(inputs.q.shape[1], every)):
-        if keep:
+    features = sums.z.shape[-1]
+    encoders = inputs.encoders(call)
+    for i, interval in enumerate(intervals(inputs.q.shape[1], spacing(call, inputs, features))):
+        if call.settings.keep:
             kept.write(i, sums)
-        waiting = list(blocks(interval.start, interval.stop, call.chunk))[::-1]
+        waiting = cut(interval, call.chunk, features)[::-1]
         while waiting:
             block = waiting.pop()
-            a = encoders[1](inputs.k, block)
-            if is_spread(a, sums.shift, encoders[1].dropped(block, inputs.k.shape[2])):
+            if not _forward_block(call, inputs, encoders, block, sums, out, kept):
                 waiting += block.halves()[::-1]
-                continue
-            if keep and sums.shift is not None:
-                kept.cuts[:, :, block.start] = True
-            b = encoders[0](inputs.q, block)
-            check_widths(b.shape[-1], a.shape[-1])
-            v = encoders[1].rows(inputs.v, block)
-            values, denominator, offset = _forward_block(sums, b, a, v)
-            if not call.settings.normalised:
-                unpack_into(out, block, values, inputs.groups)
-                continue
-            factor, norm = factors_of(denominator, offset, call.settings.eps)
-            scale_into(out, block, values, factor, inputs.groups)
-            if keep:
-                unpack_into(kept.norm, block, norm, inputs.groups)
 
 
 def _forward_block(
-    sums: Sums, b: Tensor, a: Tensor, v: Tensor
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Values of queries b, undivided, their denominators and what was taken out of both.
-
-    Afterwards the sums include the keys a.
-    """
-    kappa = sums.enter(a)
-    p, offset = query_factors(b, sums.shift)
+    call: Call,
+    inputs: Inputs,
+    encoders: tuple[Encoder, Encoder],
+    block: Block,
+    sums: Sums,
+    out: Tensor,
+    kept: Kept,
+) -> bool:
+    """Write the values of a block, unless its keys differ too much to be worked together."""
+    queries, keys = encoders
+    kappa = sums.enter(keys(inputs.k, block), keys.dropped(block, inputs.k.shape[2]), whole=False)
+    if kappa is None:
+        return False
+    v, p, offset = keys.rows(inputs.v, block), queries(inputs.q, block, sums.shift), None
+    check_widths(p.shape[-1], kappa.shape[-1])
+    if sums.shift is not None:
+        p, offset = query_factors(p)
     weights = tril(torch.bmm(p.flatten(0, 1), kappa.flatten(0, 1).mT))
     denominator = (p * sums.z_before(kappa)[:, :, None]).sum(-1, keepdim=True)
     denominator += weights.sum(-1, keepdim=True).view_as(denominator)
@@ -178,7 +178,16 @@ def _forward_block(
         torch.bmm(p_i, sums.kv, out=values_i)
         sums.add(kappa_i, v_i)
     values.flatten(0, 1).baddbmm_(weights, v.flatten(0, 1))
-    return values, denominator, offset
+    if call.settings.normalised:
+        factor, norm = factors_of(denominator, offset, call.settings.eps)
+        scale_into(out, block, values, factor, inputs.groups)
+        if call.settings.keep:
+            unpack_into(kept.norm, block, norm, inputs.groups)
+    else:
+        unpack_into(out, block, values, inputs.groups)
+    if call.settings.keep and sums.shift is not None:
+        kept.cuts[:, :, block.start] = True
+    return True
 
 
 def tril(pairs: Tensor) -> Tensor:

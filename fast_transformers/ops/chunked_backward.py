@@ -15,12 +15,15 @@ the earlier keys, whose shift is lower.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from .call import Call
-from .chunked import Inputs, Kept, intervals, spacing, tril
-from .layout import Block, blocks, pack, tiles, unpack_into
+from .chunked import Inputs, Kept, cut, intervals, spacing, tril
+from .encode import PullBack
+from .layout import Block, pack, tiles, unpack_into
 from .summed import row_dots
 from .sums import Sums
 
@@ -56,6 +59,18 @@ def backward(
     return (dq, dk, dv), (d_kv, d_z)
 
 
+class _Past(NamedTuple):
+    """Keys and values of a block, and the sums over those before it."""
+
+    block: Block
+    kappa: Tensor  # (T, G, C, F)
+    v: Tensor
+    kv: list[Tensor]  # before each chunk, (G, F, M)
+    z: Tensor  # (T, G, F)
+    shift: Tensor | None
+    pull_back: PullBack  # of the keys
+
+
 class _Sweep:
     """The backward pass of one tile."""
 
@@ -75,25 +90,35 @@ class _Sweep:
 
     def run(self, future: Sums, gradients: Gradients) -> None:
         """From the last token to the first, with the sums of the future so far."""
-        inputs, call = self._inputs, self._call
-        every = spacing(call, inputs, self._kept.kv.shape[-2])
-        for i, interval in reversed([*enumerate(intervals(inputs.q.shape[1], every))]):
-            worked = self._blocks(interval)
-            sums = self._kept.read(i, call.features.exponential)
-            before, shift = [sums.snapshot()], sums.shift
-            for block in worked[:-1]:
-                kappa = sums.enter(self._keys(inputs.k, block))
-                sums.absorb(kappa, self._keys.rows(inputs.v, block))
-                before.append(sums.snapshot())
-            for block, past in zip(reversed(worked), reversed(before), strict=True):
-                self._block(block, past, future, gradients)
-            if i == 0 and shift is not None:
-                future.lower(shift)
+        every = spacing(self._call, self._inputs, self._kept.kv.shape[-2])
+        exponential = self._call.features.exponential
+        for i, interval in reversed([*enumerate(intervals(self._inputs.q.shape[1], every))]):
+            sums = self._kept.read(i, exponential)
+            restored = self._restore(sums.snapshot(), interval)
+            while restored:
+                self._block(restored.pop(), future, gradients)
+            if i == 0 and sums.shift is not None:
+                future.lower(sums.shift)
+
+    def _restore(self, sums: Sums, interval: slice) -> list[_Past]:
+        """Go through the keys once more, from the kept state before them."""
+        found = []
+        for block in self._blocks(interval):
+            a, back = self._keys.differentiated(self._inputs.k, block, self._d_parameters)
+            v = self._keys.rows(self._inputs.v, block)
+            kappa = sums.enter(a)
+            assert kappa is not None
+            z, kv = sums.z_before(kappa), []
+            for kappa_i, v_i in zip(kappa, v, strict=True):
+                kv.append(sums.kv)
+                sums.add(kappa_i, v_i)
+            found.append(_Past(block, kappa, v, kv, z, sums.shift, back))
+        return found
 
     def _blocks(self, interval: slice) -> list[Block]:
         """The blocks that the forward pass cut these tokens into."""
-        found = []
-        waiting = list(blocks(interval.start, interval.stop, self._call.chunk))[::-1]
+        found, chunk = [], self._call.chunk
+        waiting = cut(interval, chunk, self._kept.kv.shape[-2])[::-1]
         while waiting:
             block = waiting.pop()
             if self._cuts is not None and any(self._cuts[block.start + 1 : block.at.stop]):
@@ -102,38 +127,32 @@ class _Sweep:
                 found.append(block)
         return found
 
-    def _block(self, block: Block, past: Sums, future: Sums, gradients: Gradients) -> None:
-        call, inputs, parameters = self._call, self._inputs, self._d_parameters
-        a, keys_back = self._keys.differentiated(inputs.k, block, parameters)
-        b, queries_back = self._queries.differentiated(inputs.q, block, parameters)
-        v = self._keys.rows(inputs.v, block)
+    def _block(self, past: _Past, future: Sums, gradients: Gradients) -> None:
+        block, kappa, v, kv, z, shift, keys_back = past
+        call, inputs = self._call, self._inputs
+        b, queries_back = self._queries.differentiated(inputs.q, block, self._d_parameters, shift)
         do = pack(self._d_out, block, call.dtype, inputs.groups)
         norm, delta = self._norm_and_delta(block, do)
-        kappa = past.enter(a)
-        if past.shift is None:
+        if shift is None:
             p = b * norm
         else:
-            p = b.add_(past.shift[:, None]).sub_(norm).exp2_()
-            future.lower(past.shift)
+            p = b.sub_(norm).exp2_()
+            future.lower(shift)
         pairs = tril(torch.bmm(do.flatten(0, 1), v.flatten(0, 1).mT).sub_(delta.flatten(0, 1)))
         weights = tril(torch.bmm(p.flatten(0, 1), kappa.flatten(0, 1).mT))
-        z, r = past.z_before(kappa), future.z_after(p * delta)
-        db, da, dv = b.new_empty(b.shape), a.new_empty(a.shape), v.new_empty(v.shape)
-        chunks = [*zip(p, kappa, v, do, db, da, dv, strict=True)]
-        for i, (_, kappa_i, v_i, do_i, db_i, _, _) in enumerate(chunks):
-            torch.bmm(do_i, past.kv.mT, out=db_i)
-            if i + 1 < len(chunks):
-                past.add(kappa_i, v_i)
-        for p_i, kappa_i, v_i, do_i, _, da_i, dv_i in reversed(chunks):
-            torch.bmm(v_i, future.kv.mT, out=da_i)
-            torch.bmm(kappa_i, future.kv, out=dv_i)
-            future.add(p_i, do_i)
+        r = future.z_after(p * delta)
+        db, da, dv = b.new_empty(b.shape), kappa.new_empty(kappa.shape), v.new_empty(v.shape)
+        for i in reversed(range(block.t)):
+            torch.bmm(do[i], kv[i].mT, out=db[i])
+            torch.bmm(v[i], future.kv.mT, out=da[i])
+            torch.bmm(kappa[i], future.kv, out=dv[i])
+            future.add(p[i], do[i])
         db.flatten(0, 1).baddbmm_(pairs, kappa.flatten(0, 1))
         da.flatten(0, 1).baddbmm_(pairs.mT, p.flatten(0, 1))
         dv.flatten(0, 1).baddbmm_(weights.mT, do.flatten(0, 1))
         db.addcmul_(delta, z[:, :, None], value=-1)
         da.sub_(r[:, :, None])
-        if past.shift is None:
+        if shift is None:
             db.mul_(norm)
             drop = self._keys.dropped(block, inputs.k.shape[2])
             if drop is not None:

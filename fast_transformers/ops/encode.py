@@ -42,32 +42,38 @@ class Encoder:
         mask: Tensor | None = None,
         again: bool = False,
     ) -> None:
-        self._again = again
+        self._again, self._of_keys = again, of_keys
         self._features, self._dtype, self._groups, self._mask = features, dtype, groups, mask
         self._function = features.keys if of_keys else features.queries
         self._kind: Kind | None = None
         if features.formula is not None:
             self._kind = KINDS[features.formula.kind](features.formula, dtype)
-            self._value = self._kind.keys if of_keys else self._kind.queries
             self._back = self._kind.keys_back if of_keys else self._kind.queries_back
 
-    def __call__(self, x: Tensor, block: Block) -> Tensor:
-        """Features of a block of (N, length, H*R, E), as (T, N*H, R*C, F)."""
+    def __call__(self, x: Tensor, block: Block, shift: Tensor | None = None) -> Tensor:
+        """Features of a block of (N, length, H*R, E), as (T, N*H, R*C, F).
+
+        ``shift`` (N*H, F) is added to the logarithms of exponential features of queries.
+        """
         if self._kind is not None:
-            return self._hide(self._value(self.rows(x, block)), block)
+            return self._hide(self._evaluate(self._kind, self.rows(x, block), shift), block)
         given = self._given(x, block)
         if block.start or not self._again or self._features.any_layout:
-            return self._finish(self._call(given, block), block)
+            return self._finish(self._call(given, block), block, shift)
         with _same_again(x):
-            return self._finish(self._call(given, block), block)
+            return self._finish(self._call(given, block), block, shift)
 
     def differentiated(
-        self, x: Tensor, block: Block, d_parameters: list[Tensor | None]
+        self,
+        x: Tensor,
+        block: Block,
+        d_parameters: list[Tensor | None],
+        shift: Tensor | None = None,
     ) -> tuple[Tensor, PullBack]:
         """The same, and the function that pulls a gradient of phi, or of log(phi), back."""
         if self._kind is not None:
             rows = self.rows(x, block)
-            phi = self._value(rows)
+            phi = self._evaluate(self._kind, rows, shift)
 
             def back(gradient: Tensor, dx: Tensor) -> None:
                 unpack_into(dx, block, self._back(gradient, phi, rows), self._groups)
@@ -94,7 +100,7 @@ class Encoder:
                     old = d_parameters[i]
                     d_parameters[i] = extra if old is None else old + extra
 
-        return self._finish(value.detach(), block), pull_back
+        return self._finish(value.detach(), block, shift), pull_back
 
     def rows(self, x: Tensor, block: Block) -> Tensor:
         """A block of x itself, packed, with zeros in the masked rows."""
@@ -128,8 +134,15 @@ class Encoder:
             phi = view.reshape(t, n * h, r * c, f)
         return phi.to(self._dtype)
 
-    def _finish(self, phi: Tensor, block: Block) -> Tensor:
-        return self._hide(phi * LOG2E if self._features.exponential else phi, block)
+    def _evaluate(self, kind: Kind, rows: Tensor, shift: Tensor | None) -> Tensor:
+        return kind.keys(rows) if self._of_keys else kind.queries(rows, shift)
+
+    def _finish(self, phi: Tensor, block: Block, shift: Tensor | None) -> Tensor:
+        if self._features.exponential:
+            phi = phi * LOG2E
+        if shift is not None:
+            phi.add_(shift[:, None])
+        return self._hide(phi, block)
 
     def _hide(self, phi: Tensor, block: Block) -> Tensor:
         """A masked key has a feature of 0, whose logarithm is -inf."""

@@ -47,8 +47,10 @@ class Kind:
         """F of E."""
         return dims
 
-    def queries(self, x: Tensor) -> Tensor:
-        return self.value(x)
+    def queries(self, x: Tensor, shift: Tensor | None = None) -> Tensor:
+        """``shift`` (G, F) is added to the logarithms of exponential kinds."""
+        phi = self.value(x)
+        return phi if shift is None else phi.add_(shift[:, None])
 
     def keys(self, x: Tensor) -> Tensor:
         return self.value(x)
@@ -178,13 +180,15 @@ class Hyperbolic(Projected):
         self.logarithmic = self.projection * LOG2E
         self.constant = math.log2(2 * self.projection.shape[1]) / 2
 
-    def queries(self, x: Tensor) -> Tensor:
+    def queries(self, x: Tensor, shift: Tensor | None = None) -> Tensor:
         u = x @ self.logarithmic
-        return torch.cat([u, -u], -1)
+        if shift is None:
+            return torch.cat([u, -u], -1)
+        return _signs(u, *shift[:, None].chunk(2, -1))
 
     def keys(self, x: Tensor) -> Tensor:
-        square = x.square().sum(-1, keepdim=True)
-        return self.queries(x).sub_(square.mul_(self.temp * LOG2E / 2).add_(self.constant))
+        offset = x.square().sum(-1, keepdim=True).mul_(-self.temp * LOG2E / 2).sub_(self.constant)
+        return _signs(x @ self.logarithmic, offset, offset)
 
     def queries_back(self, gradient: Tensor, phi: Tensor, x: Tensor) -> Tensor:
         width = self.projection.shape[1]
@@ -193,6 +197,15 @@ class Hyperbolic(Projected):
     def keys_back(self, gradient: Tensor, phi: Tensor, x: Tensor) -> Tensor:
         total = gradient.sum(-1, keepdim=True)
         return self.queries_back(gradient, phi, x).addcmul_(x, total, value=-self.temp)
+
+
+def _signs(u: Tensor, plus: Tensor, minus: Tensor) -> Tensor:
+    """[plus + u, minus - u] in one pass over the memory of the result."""
+    width = u.shape[-1]
+    both = u.new_empty(*u.shape[:-1], 2 * width)
+    torch.add(plus, u, out=both[..., :width])
+    torch.sub(minus, u, out=both[..., width:])
+    return both
 
 
 KINDS: dict[str, type[Kind]] = {

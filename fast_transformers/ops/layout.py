@@ -16,6 +16,8 @@ from torch import Tensor
 
 TILE = 8  # heads worked at once
 BLOCK = 256  # most tokens worked at once
+MIN_CHUNK = 64  # fewest tokens that are worth a matrix product
+BLOCK_FEATURES = 128 * 64  # most features of a head worked at once, but for a single chunk
 
 
 class Tile(NamedTuple):
@@ -66,9 +68,9 @@ class Block(NamedTuple):
         return first, Block(first.at.stop, 1, self.c - self.c // 2)
 
 
-def blocks(start: int, stop: int, chunk: int, most: int = BLOCK) -> Iterator[Block]:
+def blocks(start: int, stop: int, chunk: int, most: int) -> Iterator[Block]:
     """Cover the tokens in order, in blocks of whole chunks; a last, shorter chunk stands alone."""
-    per_block = max(1, most // chunk)
+    per_block = max(1, min(most, BLOCK) // chunk)
     while start < stop:
         chunks = min(per_block, (stop - start) // chunk)
         block = Block(start, chunks, chunk) if chunks else Block(start, 1, stop - start)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from . import chunked, chunked_backward, summed
 from .call import Call, Settings
-from .choose import FULL_CHUNK, causal_chunk
+from .choose import causal_chunk
 from .chunked import Inputs, Kept
 from .features import Features, sum_dtype, without_autocast
 from .sums import Triple
@@ -174,7 +174,7 @@ def accumulate(
     shift: Tensor | None,
 ) -> Results:
     """The sums (3) over keys and values, added to a state."""
-    call = Call.of(settings, features, projection, sum_dtype(k, v), FULL_CHUNK)
+    call = Call.of(settings, features, projection, sum_dtype(k, v), chunk=0)
     return _present(summed.accumulate(call, k, v, key_mask, _triple(kv, z, shift)))
 
 
@@ -196,7 +196,7 @@ def accumulate_backward(
     d_z: Tensor,
 ) -> Results:
     """Gradients of k and v, and of a user's parameters."""
-    call = Call.of(settings, features, projection, d_kv.dtype, FULL_CHUNK)
+    call = Call.of(settings, features, projection, d_kv.dtype, chunk=0)
     parameters: Gradients = [None] * len(call.features.parameters)
     gradients = summed.accumulate_backward(
         call, k, v, key_mask, shift if call.features.exponential else None, d_kv, d_z, parameters
@@ -224,7 +224,7 @@ def attend(
     shift: Tensor | None,
 ) -> Results:
     """Values, and what the backward pass needs of the denominators."""
-    call = Call.of(settings, features, projection, kv.dtype, FULL_CHUNK)
+    call = Call.of(settings, features, projection, kv.dtype, chunk=0)
     return summed.attend(call, q, (kv, z, shift))
 
 
@@ -247,7 +247,7 @@ def attend_backward(
     d_out: Tensor,
 ) -> Results:
     """Gradients of q, kv and z, and of a user's parameters."""
-    call = Call.of(settings, features, projection, kv.dtype, FULL_CHUNK)
+    call = Call.of(settings, features, projection, kv.dtype, chunk=0)
     parameters: Gradients = [None] * len(call.features.parameters)
     gradients = summed.attend_backward(call, q, (kv, z, shift), out, norm, d_out, parameters)
     return *gradients, *parameters  # pyright: ignore[reportReturnType]

@@ -17,15 +17,27 @@ from torch import Tensor
 from .call import Call
 from .checks import check_state_width, check_widths
 from .encode import width
-from .layout import Block, blocks, natural, pack, scale_into, tiles, unpack_into
+from .layout import (
+    BLOCK_FEATURES,
+    MIN_CHUNK,
+    Block,
+    blocks,
+    natural,
+    pack,
+    scale_into,
+    tiles,
+    unpack_into,
+)
 from .scaling import factors_of, query_factors
 from .sums import Sums, Triple, empty_sums
 
 Gradients = list[Tensor | None]
 
 
-def _chunks(length: int, call: Call) -> Iterator[Block]:
-    return blocks(0, length, call.chunk, call.chunk)
+def _chunks(length: int, call: Call, features: int) -> Iterator[Block]:
+    """The size of a chunk changes no cost here, as long as its features stay in a cache."""
+    chunk = call.chunk or max(MIN_CHUNK, BLOCK_FEATURES // max(features, 1))
+    return blocks(0, length, chunk, chunk)
 
 
 def allocate_state(call: Call, k: Tensor, v: Tensor) -> Triple:
@@ -46,8 +58,10 @@ def accumulate(
         k_tile, v_tile = tile.of(k), tile.of(v)
         keys = call.encoder(of_keys=True, mask=tile.of_mask(key_mask))
         sums = Sums.of_tile(state or final, tile)
-        for block in _chunks(length, call):
-            sums.absorb(sums.enter(keys(k_tile, block)), keys.rows(v_tile, block))
+        for block in _chunks(length, call, sums.z.shape[-1]):
+            kappa = sums.enter(keys(k_tile, block))
+            assert kappa is not None
+            sums.absorb(kappa, keys.rows(v_tile, block))
         sums.write(final, tile)
     return final
 
@@ -69,7 +83,7 @@ def accumulate_backward(
         keys = call.encoder(of_keys=True, mask=tile.of_mask(key_mask))
         final = Sums.of_tile((d_kv, d_z, shift), tile)
         k_tile, v_tile, dk_tile, dv_tile = (tile.of(x) for x in (k, v, dk, dv))
-        for block in _chunks(length, call):
+        for block in _chunks(length, call, final.z.shape[-1]):
             a, back = keys.differentiated(k_tile, block, d_parameters)
             kappa = a if final.shift is None else a.sub_(final.shift[:, None]).exp2_()
             values = keys.rows(v_tile, block)[0]
@@ -80,7 +94,7 @@ def accumulate_backward(
             if drop is not None:
                 da.masked_fill_(drop, 0.0)
             back(da, dk_tile)
-            unpack_into(dv_tile, block, (kappa[0] @ final.kv)[None])
+            unpack_into(dv_tile, block, torch.bmm(kappa[0], final.kv)[None])
     return dk, dv
 
 
@@ -98,13 +112,14 @@ def attend(call: Call, q: Tensor, state: Triple) -> tuple[Tensor, Tensor]:
         q_tile, out_tile, norm_tile = (tile.of(x, groups) for x in (q, out, norm))
         queries = call.encoder(groups=groups)
         sums = Sums.of_tile(state, tile)
-        for block in _chunks(length, call):
-            b = queries(q_tile, block)
-            check_widths(b.shape[-1], sums.z.shape[-1])
-            p, offset = query_factors(b, sums.shift)
+        for block in _chunks(length, call, sums.z.shape[-1]):
+            p, offset = queries(q_tile, block, sums.shift), None
+            check_widths(p.shape[-1], sums.z.shape[-1])
+            if sums.shift is not None:
+                p, offset = query_factors(p)
             denominator = (p * sums.z[:, None]).sum(-1, keepdim=True)
             factor, for_backward = factors_of(denominator, offset, call.settings.eps)
-            scale_into(out_tile, block, p @ sums.kv, factor, groups)
+            scale_into(out_tile, block, torch.bmm(p[0], sums.kv)[None], factor, groups)
             unpack_into(norm_tile, block, for_backward, groups)
     return out, norm
 
@@ -129,18 +144,18 @@ def attend_backward(
         gradient = Sums.of_tile((d_kv, d_z, None), tile)
         q_tile, norm_tile, dq_tile = (tile.of(x, groups) for x in (q, norm, dq))
         o_tile, do_tile = tile.of(out, groups), tile.of(d_out, groups)
-        for block in _chunks(length, call):
-            b, back = queries.differentiated(q_tile, block, d_parameters)
+        for block in _chunks(length, call, sums.z.shape[-1]):
+            b, back = queries.differentiated(q_tile, block, d_parameters, sums.shift)
             do = pack(do_tile, block, call.dtype, groups)
             factor = pack(norm_tile, block, call.dtype, groups)
             delta = row_dots(o_tile, do_tile, block, groups)
-            db = do @ sums.kv.mT
+            db = torch.bmm(do[0], sums.kv.mT)[None]
             db.addcmul_(delta, sums.z[:, None], value=-1)
             if sums.shift is None:
                 p = b * factor
                 db.mul_(factor)
             else:
-                p = b.add_(sums.shift[:, None]).sub_(factor).exp2_()
+                p = b.sub_(factor).exp2_()
                 db.mul_(p)
             gradient.add(p[0], do[0])
             gradient.z = gradient.z - (p * delta).sum(2)[0]

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .layout import Tile
-from .scaling import key_factors, lowest
+from .scaling import lowest, reference
 
 Triple = tuple[Tensor, Tensor, Tensor | None]  # kv (N, H, F, M), z and shift (N, H, F)
 
@@ -44,12 +44,20 @@ class Sums:
     def snapshot(self) -> Sums:
         return Sums(self.kv, self.z, self.shift)
 
-    def enter(self, a: Tensor) -> Tensor:
-        """Factors of the keys of a block relative to a shift that includes them."""
-        kappa, self.shift, decay = key_factors(a, self.shift)
-        if decay is not None:
-            self.kv, self.z = self.kv * decay[..., None], self.z * decay
-        return kappa
+    def enter(self, a: Tensor, drop: Tensor | None = None, whole: bool = True) -> Tensor | None:
+        """Factors of the keys of a block relative to a shift that includes them.
+
+        None, and nothing is changed, if the block must be split: see :func:`.scaling.reference`.
+        """
+        if self.shift is None:
+            return a
+        shift = reference(a, self.shift, drop, whole)
+        if shift is None:
+            return None
+        if shift is not self.shift:
+            factor = (self.shift - shift).exp2_()
+            self.kv, self.z, self.shift = self.kv * factor[..., None], self.z * factor, shift
+        return a.sub_(shift[:, None]).exp2_()
 
     def add(self, kappa: Tensor, v: Tensor) -> None:
         """Add the keys and values of one chunk to S; z is for :meth:`z_before` to follow."""
@@ -67,10 +75,11 @@ class Sums:
         return before
 
     def lower(self, shift: Tensor) -> None:
-        """Sums of the future follow the shift on its way back: it never rises."""
-        assert self.shift is not None
-        decay = (shift - self.shift).exp2_()
-        self.kv, self.z, self.shift = self.kv * decay[..., None], self.z * decay, shift
+        """Sums of the future, R 2^shift, follow the shift on its way back to earlier keys."""
+        if self.shift is None or shift is self.shift:
+            return
+        factor = (shift - self.shift).exp2_()
+        self.kv, self.z, self.shift = self.kv * factor[..., None], self.z * factor, shift
 
     def z_after(self, terms: Tensor) -> Tensor:
         """z after each chunk of a block that is swept in reverse; then z includes the block.
