@@ -75,10 +75,11 @@ def features_of(feature_map: Any) -> Features:
         queries, keys = feature_map.log_queries, feature_map.log_keys
     else:
         queries, keys = feature_map.forward_queries, feature_map.forward_keys
-    features = Features(queries, keys, exponential=exponential, any_layout=any_input)
     formula = feature_map.formula() if isinstance(feature_map, FeatureMap) else None
+    features = Features(
+        queries, keys, exponential=exponential, any_layout=any_input, formula=formula
+    )
     if formula is not None:
-        features = features._replace(formula=formula)
         if formula.projection is None or not torch.is_grad_enabled():
             return features
         copy = formula.projection.detach().clone()

@@ -12,7 +12,7 @@ from . import checks, packed, reference, stream
 from .choose import resolve
 from .features import IDENTITY, Features, sum_dtype, without_autocast
 from .state import Attended, LinearState, as_state
-from .step import absorb, look_up
+from .step import absorb, kind_of, look_up
 
 State = LinearState | Sequence[Tensor] | None
 
@@ -146,6 +146,7 @@ def linear_attention_step(
     *,
     state: State = None,
     eps: float = 1e-6,
+    inplace: bool = False,
 ) -> Attended:
     """One token of causal attention: absorb its key and value, then attend with its query.
 
@@ -161,6 +162,8 @@ def linear_attention_step(
         state: what an earlier step or a whole sequence returned; None starts a sequence. It is
             left as it is, so it can be continued in several ways.
         eps: as in :func:`linear_attention`.
+        inplace: write the new state over the old one, which saves memory traffic. Not for a state
+            that is to be continued in several ways, nor for gradients.
 
     Returns:
         values (N, H, M) in the dtype of ``q``, and the new state.
@@ -172,15 +175,18 @@ def linear_attention_step(
     checks.check_projection(features, q)
     with without_autocast(q):
         state = as_state(state, features.exponential)
+        sums = () if state is None else (state.kv, state.z)
         if k is None or v is None:
             if state is None:
                 raise ValueError("state must be given when there is no key and value to absorb")
+            kind = kind_of(features, state.kv.dtype, q, *sums)
         else:
             checks.check_inputs(q, k, v, dim=3)
-            checks.check_state(state, v, sum_dtype(q, k, v), features.exponential)
             dtype = sum_dtype(q, k, v)
-            state = absorb(k, v, features, state=state, dtype=dtype)
-        values = look_up(q, state, features, eps=eps)
+            checks.check_state(state, v, dtype, features.exponential)
+            kind = kind_of(features, dtype, q, k, v, *sums)
+            state = absorb(k, v, features, kind, state=state, dtype=dtype, inplace=inplace)
+        values = look_up(q, state, features, kind, eps=eps, seen=k is not None)
         return Attended(values.to(q.dtype), state)
 
 

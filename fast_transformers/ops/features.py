@@ -47,12 +47,19 @@ IDENTITY = Features(any_layout=True, formula=Formula("identity"))
 
 def sum_dtype(*tensors: Tensor) -> torch.dtype:
     """Dtype of sums over the sequence: float64 if an input is, else float32."""
-    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+    for x in tensors:
+        if x.dtype == torch.float64:
+            return torch.float64
+    return torch.float32
 
 
 def without_autocast(x: Tensor) -> AbstractContextManager[object]:
     """Sums over the sequence stay in float32 inside an autocast region, too."""
     device = x.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+    if device in _AUTOCAST and torch.is_autocast_enabled(device):
         return torch.autocast(device, enabled=False)
-    return nullcontext()
+    return _AS_IT_IS
+
+
+_AUTOCAST = {d for d in ("cpu", "cuda", "mps", "xpu", "hpu") if torch.amp.is_autocast_available(d)}
+_AS_IT_IS = nullcontext()

@@ -38,6 +38,7 @@ class Kind:
     """
 
     exponential = False
+    positive = False  # no feature below 0
 
     def __init__(self, formula: Formula, dtype: torch.dtype) -> None:
         """Prepare what all chunks share; ``dtype`` is that of the sums."""
@@ -84,6 +85,8 @@ class EluPlusOne(Kind):
     A power of 2 takes a third of the time of exp on CPUs that MKL does not know.
     """
 
+    positive = True
+
     def value(self, x: Tensor) -> Tensor:
         return x.clamp_max(0.0).mul_(LOG2E).exp2_().add_(x.relu())
 
@@ -93,6 +96,8 @@ class EluPlusOne(Kind):
 
 class Relu(Kind):
     """relu(x), with the derivative 0 at 0."""
+
+    positive = True
 
     def value(self, x: Tensor) -> Tensor:
         return x.relu()
@@ -105,22 +110,37 @@ class Projected(Kind):
     """f(u), u = sqrt(softmax_temp) x omega; ``numbers`` begins with the softmax_temp."""
 
     per_direction = 1
+    unit = 1.0  # of u
 
     def __init__(self, formula: Formula, dtype: torch.dtype) -> None:
         assert formula.projection is not None
         self.temp, self.numbers = formula.numbers[0], formula.numbers[1:]
-        self.projection = formula.projection.to(dtype) * self.temp**0.5
+        self.omega = formula.projection.to(dtype)
+        self.scale = self.temp**0.5 * self.unit
+        self._scaled: Tensor | None = None
 
     @classmethod
     def width(cls, formula: Formula, dims: int) -> int:
         assert formula.projection is not None
         return cls.per_direction * formula.projection.shape[1]
 
+    def project(self, x: Tensor) -> Tensor:
+        """u; whatever is smaller is scaled, the one token of a step or the projection."""
+        scaled = self._scaled
+        if scaled is None:
+            if x.numel() < self.omega.numel():
+                return (x * self.scale) @ self.omega
+            scaled = self._scaled = self.omega * self.scale
+        return x @ scaled
+
+    def project_back(self, gradient: Tensor) -> Tensor:
+        return (gradient @ self.omega.mT).mul_(self.temp**0.5)
+
     def value(self, x: Tensor) -> Tensor:
-        return self.function(x @ self.projection)
+        return self.function(self.project(x))
 
     def back(self, gradient: Tensor, phi: Tensor) -> Tensor:
-        return self.function_back(gradient, phi) @ self.projection.mT
+        return self.project_back(self.function_back(gradient, phi))
 
     def function(self, u: Tensor) -> Tensor:
         raise NotImplementedError
@@ -131,6 +151,10 @@ class Projected(Kind):
 
 
 class ProjectedRelu(Projected):
+    """relu(u)."""
+
+    positive = True
+
     def function(self, u: Tensor) -> Tensor:
         return u.relu_()
 
@@ -147,7 +171,7 @@ class Fourier(Projected):
         return torch.cat([u.cos(), u.sin()], -1).mul_(u.shape[-1] ** -0.5)
 
     def function_back(self, gradient: Tensor, phi: Tensor) -> Tensor:
-        width = self.projection.shape[1]
+        width = self.omega.shape[1]
         cos, sin = phi[..., :width], phi[..., width : 2 * width]
         d_cos, d_sin = gradient[..., :width], gradient[..., width : 2 * width]
         return (d_sin * cos).sub_(d_cos * sin)
@@ -175,24 +199,25 @@ class Hyperbolic(Projected):
     exponential = True
     per_direction = 2
 
+    unit = LOG2E
+
     def __init__(self, formula: Formula, dtype: torch.dtype) -> None:
         super().__init__(formula, dtype)
-        self.logarithmic = self.projection * LOG2E
-        self.constant = math.log2(2 * self.projection.shape[1]) / 2
+        self.constant = math.log2(2 * self.omega.shape[1]) / 2
 
     def queries(self, x: Tensor, shift: Tensor | None = None) -> Tensor:
-        u = x @ self.logarithmic
+        u = self.project(x)
         if shift is None:
             return torch.cat([u, -u], -1)
         return _signs(u, *shift[:, None].chunk(2, -1))
 
     def keys(self, x: Tensor) -> Tensor:
         offset = x.square().sum(-1, keepdim=True).mul_(-self.temp * LOG2E / 2).sub_(self.constant)
-        return _signs(x @ self.logarithmic, offset, offset)
+        return _signs(self.project(x), offset, offset)
 
     def queries_back(self, gradient: Tensor, phi: Tensor, x: Tensor) -> Tensor:
-        width = self.projection.shape[1]
-        return (gradient[..., :width] - gradient[..., width:]) @ self.projection.mT
+        width = self.omega.shape[1]
+        return self.project_back(gradient[..., :width] - gradient[..., width:])
 
     def keys_back(self, gradient: Tensor, phi: Tensor, x: Tensor) -> Tensor:
         total = gradient.sum(-1, keepdim=True)
@@ -200,7 +225,9 @@ class Hyperbolic(Projected):
 
 
 def _signs(u: Tensor, plus: Tensor, minus: Tensor) -> Tensor:
-    """[plus + u, minus - u] in one pass over the memory of the result."""
+    """[plus + u, minus - u]; if there are many rows, in one pass over the memory."""
+    if torch.compiler.is_compiling() or u.numel() <= 8192:
+        return torch.cat([plus + u, minus - u], -1)
     width = u.shape[-1]
     both = u.new_empty(*u.shape[:-1], 2 * width)
     torch.add(plus, u, out=both[..., :width])

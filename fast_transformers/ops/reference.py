@@ -17,7 +17,7 @@ from .features import Features, sum_dtype
 from .kinds import LOG2E
 from .scaling import lowest
 from .state import LinearState
-from .step import absorb, look_up
+from .step import absorb, kind_of, look_up
 from .sums import empty_sums
 
 
@@ -115,11 +115,12 @@ def recurrent(
     if state is None:
         width = _encode(features.keys, k[:, :0], features, dtype).shape[-1]
         state = LinearState(*empty_sums(v, width, features.exponential, dtype))
+    kind = kind_of(features, dtype, q, k, v, state.kv, state.z)
     out = [q.new_zeros(*q.shape[:1], 0, q.shape[2], v.shape[-1], dtype=dtype)]
 
     def see(j: int) -> LinearState:
         keep = None if key_mask is None else key_mask[:, j]
-        return absorb(k[:, j], v[:, j], features, keep=keep, state=state, dtype=dtype)
+        return absorb(k[:, j], v[:, j], features, kind, keep=keep, state=state, dtype=dtype)
 
     if not causal:
         for j in range(k.shape[1]):
@@ -127,5 +128,5 @@ def recurrent(
     for i in range(q.shape[1]):
         if causal and i < k.shape[1]:
             state = see(i)
-        out.append(look_up(q[:, i], state, features, eps=eps)[:, None])
+        out.append(look_up(q[:, i], state, features, kind, eps=eps)[:, None])
     return torch.cat(out, 1), state
