@@ -140,7 +140,7 @@ class FullMask(BaseMask):
                 )
             self._mask = mask.clone()
             return
-        if isinstance(mask, int):
+        if isinstance(mask, int | torch.SymInt):
             if N is None:
                 N = mask
             elif M is None:
@@ -150,7 +150,7 @@ class FullMask(BaseMask):
         M = M or N
         self._mask = torch.ones((), dtype=torch.bool, device=device).expand(N, M)
         self._all_ones = True
-        self._lower_triangular = N == M == 1
+        self._lower_triangular = 1 == N == M  # an exporter must not compare N with M
 
     @property
     def bool_matrix(self) -> Tensor:
@@ -179,7 +179,7 @@ class LengthMask(BaseMask):
         if lengths.dtype == torch.bool:
             raise TypeError("lengths must be numbers, got bool; use FullMask(mask) for a matrix")
         self._lengths = lengths.detach().clone().to(lengths.device if device is None else device)
-        self.max_len = int(max_len or 0) or None  # None: as wide as its use asks for
+        self.max_len = max_len if isinstance(max_len, torch.SymInt) else int(max_len or 0) or None
         if self.max_len is None and not self._lengths.numel():
             raise RuntimeError("lengths is empty, so it has no longest one; pass max_len")
 

@@ -34,12 +34,12 @@ class RotaryEmbedding(nn.Module):
             )
         self.query_dimensions, self.base = query_dimensions, base
 
-    def forward(self, x: Tensor, start: int = 0) -> Tensor:
+    def forward(self, x: Tensor, start: int | Tensor = 0) -> Tensor:
         """Rotate ``x`` (N, L, H, E), whose first token is at position ``start``."""
         half = self.query_dimensions // 2
         exact = {"device": x.device, "dtype": torch.promote_types(x.dtype, torch.float32)}
         exponents = torch.arange(half, **exact) / half
-        positions = torch.arange(start, start + x.shape[1], **exact)
+        positions = torch.arange(x.shape[1], **exact) + start
         angles = positions[:, None, None] * self.base**-exponents  # (L, 1, E/2)
         cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
         first, second = x[..., :half], x[..., half:]

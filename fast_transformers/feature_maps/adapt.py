@@ -60,7 +60,8 @@ def draw(feature_map: Any, device: torch.device) -> None:
         feature_map.new_feature_map(device)
     else:
         feature_map.new_feature_map()
-    feature_map.drawn = True
+    if not getattr(feature_map, "drawn", False):
+        feature_map.drawn = True
 
 
 def features_of(feature_map: Any) -> Features:

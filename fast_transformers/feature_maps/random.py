@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..ops.choose import exporting
 from .base import FeatureMap
 
 
@@ -114,6 +115,11 @@ class RandomFeatureMap(FeatureMap):
         """Redraw, if it is time to; see the class."""
         if self.deterministic_eval and not self.training:
             return
+        if exporting():
+            raise RuntimeError(
+                f"{type(self).__name__} draws random features, which an exported program cannot; "
+                "call model.eval() first, and leave deterministic_eval=True"
+            )
         _redraw(self.omega, self.calls, self.seed, self.redraw, self.orthogonal)
 
     def resample(self, generator: torch.Generator | None = None) -> None:

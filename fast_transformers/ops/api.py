@@ -8,13 +8,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import checks, packed, reference, stream
+from . import checks, exported, packed, reference, stream
 from .choose import resolve
 from .features import IDENTITY, Features, sum_dtype, without_autocast
 from .state import Attended, LinearState, as_state
 from .step import absorb, kind_of, look_up
 
 State = LinearState | Sequence[Tensor] | None
+_WHOLE = {
+    "reference": reference.quadratic,
+    "recurrent": reference.recurrent,
+    "exported": exported.attention,
+}
 
 
 def linear_attention(
@@ -79,8 +84,7 @@ def linear_attention(
             )
             values = stream.attend(q, state, features, eps=eps, chunk_size=chunk_size)
         else:
-            form = reference.quadratic if impl == "reference" else reference.recurrent
-            values, state = form(
+            values, state = _WHOLE[impl](
                 q, k, v, features, causal=False, key_mask=key_mask, state=state, eps=eps
             )
         return Attended(values.to(v.dtype), state)
@@ -121,8 +125,7 @@ def causal_linear_attention(
         features, state = _checked(q, k, v, features, key_mask, state, chunk_size)
         impl = resolve(impl, causal=True, length=q.shape[1], keys=k.shape[1])
         if impl != "chunked":
-            form = reference.quadratic if impl == "reference" else reference.recurrent
-            values, state = form(
+            values, state = _WHOLE[impl](
                 q, k, v, features, causal=True, key_mask=key_mask, state=state, eps=eps
             )
             return Attended(values.to(v.dtype), state)

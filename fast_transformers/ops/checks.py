@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .choose import exporting
 from .features import Features
 from .state import LinearState
 
@@ -14,7 +15,8 @@ _LAYOUT = {4: "(N, length, H, dim)", 3: "(N, H, dim)"}
 def check_inputs(q: Tensor, k: Tensor, v: Tensor, dim: int = 4) -> None:
     """Queries, keys and values that can attend to each other; ``dim`` is 3 for a single step."""
     if (
-        isinstance(q, Tensor) and isinstance(k, Tensor) and isinstance(v, Tensor)
+        not exporting()  # whose graph would be bound to the answers about the lengths
+        and isinstance(q, Tensor) and isinstance(k, Tensor) and isinstance(v, Tensor)
         and q.shape == k.shape and q.ndim == v.ndim == dim and v.shape[:-1] == k.shape[:-1]
         and q.is_floating_point() and q.dtype == k.dtype == v.dtype
         and q.device == k.device == v.device

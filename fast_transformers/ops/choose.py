@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import torch
+
 FORMS = {
     "triton": "kernels for a GPU that compute the feature map on chip",
     "chunked": "streams over chunks; memory linear in the length with a small constant",
     "reference": "the whole L x S matrix of weights; the specification, for tests and inspection",
     "recurrent": "token by token, as in generation; the second specification",
+    "exported": "ordinary operations in one graph; for torch.export and ONNX",
 }
 
 
@@ -18,6 +21,11 @@ def causal_chunk(length: int) -> int:
     chunk of 65 tokens takes a third of the time of two.
     """
     return length if 0 < length <= 128 else 64
+
+
+def exporting() -> bool:
+    """Whether torch.export or torch.onnx.export is writing the program down."""
+    return getattr(torch.compiler, "is_exporting", bool)()  # torch 2.6 cannot tell
 
 
 def why_not(impl: str, *, causal: bool, length: int, keys: int) -> str | None:
@@ -40,9 +48,12 @@ def why_not(impl: str, *, causal: bool, length: int, keys: int) -> str | None:
 
 
 def resolve(impl: str, **call: bool | int) -> str:
-    """The form that serves a call: an explicit choice runs or raises, "auto" takes the fastest."""
+    """The form that serves a call: an explicit choice runs or raises, "auto" takes the fastest.
+
+    An exported program is given the form that needs nothing of this library.
+    """
     if impl == "auto":
-        return "chunked"
+        return "exported" if exporting() else "chunked"
     reason = why_not(impl, **call)  # pyright: ignore[reportArgumentType]
     if reason is not None:
         raise ValueError(f"impl={impl!r} cannot serve this call: {reason}; use impl='auto'")

@@ -59,6 +59,9 @@ class LinearState:
         return sum(t.nbytes for t in (self.kv, self.z, self.shift) if t is not None)
 
 
+torch.export.register_dataclass(LinearState)  # states may go in and out of an exported program
+
+
 class Attended(NamedTuple):
     """The result of every form of linear attention."""
 

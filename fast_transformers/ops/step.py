@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .checks import check_state_width, check_widths
+from .choose import exporting
 from .features import Features
 from .kinds import KINDS, LOG2E, Kind
 from .scaling import lowest
@@ -22,7 +23,7 @@ _SLACK = 10.0  # powers of 2 by which keys may exceed the shift before the sums 
 
 def kind_of(features: Features, dtype: torch.dtype, *inputs: Tensor | None) -> Kind | None:
     """What evaluates the map; None for the map's own functions, which autograd differentiates."""
-    if features.formula is None:
+    if features.formula is None or exporting():
         return None
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs):
         return None

@@ -25,6 +25,9 @@ class CrossLinearState(ops.LinearState):
         return tuple(self)[index]
 
 
+torch.export.register_dataclass(CrossLinearState)
+
+
 class RecurrentCrossLinearAttention(KernelAttention):
     """The recurrent twin of :class:`~fast_transformers.attention.LinearAttention`.
 

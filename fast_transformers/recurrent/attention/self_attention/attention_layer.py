@@ -14,7 +14,7 @@ class RotaryState(NamedTuple):
     """The state of the inner attention, and the position of the next token."""
 
     attention: Any
-    position: int
+    position: int | Tensor  # a tensor where the step is exported: its graph would fix an int
 
 
 class RecurrentAttentionLayer(ProjectedAttention):
