@@ -35,7 +35,8 @@ pytest.importorskip("onnxscript")
 # torch.onnx copies the tree of a program's inputs, which this torch deprecated
 pytestmark = pytest.mark.filterwarnings(r"ignore:`isinstance\(treespec, LeafSpec\)`:FutureWarning")
 
-N, NL = {0: Dim.DYNAMIC}, {0: Dim.DYNAMIC, 1: Dim.DYNAMIC}
+N, L = {0: Dim.DYNAMIC}, {1: Dim.DYNAMIC}
+NL = {**N, **L}
 LENGTHS = [1, 17, 64, 200]  # chunks have 16 or 64 tokens
 FEATURES = {
     "positive": support.positive_features(),
@@ -145,12 +146,12 @@ class Functions(nn.Module):
             ops.linear_attention_step(q[:, 0], k[:, 0], v[:, 0], **options),
         ]
 
-    def inputs(self, length: int, std: float, n: int) -> tuple[Any, ...]:
+    def inputs(self, length: int, std: float) -> tuple[Any, ...]:
         """A state of 20 tokens, and ``length`` more, of which the first is masked."""
-        q, k, v = make_qkv(length + 20, N=n, H=4, std=std)
+        q, k, v = make_qkv(length + 20, H=4, std=std)
         past, k, v = [x[:, :20, :2] for x in (k, v)], k[:, 20:, :2], v[:, 20:, :2]
         state = ops.linear_attention(q[:, :20], *past, features_of(self.feature_map)).state
-        mask = torch.rand(n, length, generator=torch.Generator().manual_seed(2)) > 0.3
+        mask = torch.rand(2, length, generator=torch.Generator().manual_seed(2)) > 0.3
         mask[:, 0] = False
         return q[:, 20:], k, v, mask, state
 
@@ -172,19 +173,18 @@ def check(model: Any, inputs: tuple[Any, ...], forms: list[Any], log_size: float
 def test_functions(name: str) -> None:
     """Lengths of one token, below, of and above a chunk, and norms that exp would overflow at."""
     model = Functions(name).eval()
-    example = model.inputs(40, 1.0, 2)
-    shapes = (*[NL] * 4, [N] * len(tree_leaves(example[4])))
-    program = export(model, example, shapes)
+    example = model.inputs(40, 1.0)
+    program = export(model, example, (*[L] * 4, [{}] * len(tree_leaves(example[4]))))
     forms = [program.module(), in_onnxruntime(program, optimize=False)]
     for length in LENGTHS:
         for std in (1.0, 10.0):
-            inputs = model.inputs(length, std, 1 + length % 2)
+            inputs = model.inputs(length, std)
             logarithms = float(inputs[4].shift.abs().max()) if name == "favor" else 0.0
             check(model, inputs, forms, logarithms)
 
 
 class Maps(nn.Module):
-    """A sequence and a step of it with each of the other maps."""
+    """A sequence with each of the other maps, which steps evaluate through the same functions."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -192,19 +192,14 @@ class Maps(nn.Module):
         self.feature_maps = nn.ModuleList(MAPS[name](8) for name in others)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> list[ops.Attended]:
-        results = []
-        for feature_map in self.feature_maps:
-            features = features_of(feature_map)
-            results.append(ops.causal_linear_attention(q, k, v, features))
-            last = q[:, -1], k[:, -1], v[:, -1]
-            results.append(ops.linear_attention_step(*last, features, state=results[-1].state))
-        return results
+        features = [features_of(feature_map) for feature_map in self.feature_maps]
+        return [ops.causal_linear_attention(q, k, v, phi) for phi in features]
 
 
 @torch.no_grad()
 def test_other_maps() -> None:
     model = Maps().eval()
-    program = export(model, tuple(make_qkv(40)), ({1: Dim.DYNAMIC},) * 3)
+    program = export(model, tuple(make_qkv(40)), (L, L, L))
     forms = [program.module(), in_onnxruntime(program, optimize=False)]
     for length in LENGTHS:  # Fourier features of close tokens: the denominator is positive
         check(model, tuple(make_qkv(length, std=0.5)), forms)

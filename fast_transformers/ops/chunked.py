@@ -24,6 +24,7 @@ from .encode import Encoder, width
 from .layout import BLOCK, BLOCK_FEATURES, Block, Tile, blocks, scale_into, tiles, unpack_into
 from .scaling import factors_of, query_factors
 from .sums import Sums, Triple, empty_sums
+from .threads import paced, popped
 
 
 class Inputs(NamedTuple):
@@ -146,8 +147,7 @@ def _forward_tile(call: Call, inputs: Inputs, sums: Sums, out: Tensor, kept: Kep
         if call.settings.keep:
             kept.write(i, sums)
         waiting = cut(interval, call.chunk, features)[::-1]
-        while waiting:
-            block = waiting.pop()
+        for block in paced(popped(waiting), out, "causal", *sums.kv.shape, call.chunk):
             if not _forward_block(call, inputs, encoders, block, sums, out, kept):
                 waiting += block.halves()[::-1]
 

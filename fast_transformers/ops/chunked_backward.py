@@ -26,6 +26,7 @@ from .encode import PullBack
 from .layout import Block, pack, tiles, unpack_into
 from .summed import row_dots
 from .sums import Sums
+from .threads import paced, popped
 
 Gradients = tuple[Tensor, Tensor, Tensor]  # of q, k and v, or of a tile of them
 
@@ -94,16 +95,18 @@ class _Sweep:
         exponential = self._call.features.exponential
         for i, interval in reversed([*enumerate(intervals(self._inputs.q.shape[1], every))]):
             sums = self._kept.read(i, exponential)
-            restored = self._restore(sums.snapshot(), interval)
-            while restored:
-                self._block(restored.pop(), future, gradients)
+            work = *sums.kv.shape, self._call.chunk
+            restored = self._restore(sums.snapshot(), interval, work)
+            for past in paced(popped(restored), self._out, "causal backward", *work):
+                self._block(past, future, gradients)
+                del past  # its memory serves the next block
             if i == 0 and sums.shift is not None:
                 future.lower(sums.shift)
 
-    def _restore(self, sums: Sums, interval: slice) -> list[_Past]:
+    def _restore(self, sums: Sums, interval: slice, work: tuple[int, ...]) -> list[_Past]:
         """Go through the keys once more, from the kept state before them."""
         found = []
-        for block in self._blocks(interval):
+        for block in paced(self._blocks(interval), self._out, "causal restored", *work):
             a, back = self._keys.differentiated(self._inputs.k, block, self._d_parameters)
             v = self._keys.rows(self._inputs.v, block)
             kappa = sums.enter(a)

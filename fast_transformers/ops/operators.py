@@ -19,6 +19,7 @@ from .choose import causal_chunk
 from .chunked import Inputs, Kept
 from .features import Features, sum_dtype, without_autocast
 from .sums import Triple
+from .threads import same_threads
 
 Results = tuple[Tensor, ...]
 Gradients = list[Tensor | None]  # of the parameters of a user's map
@@ -34,7 +35,8 @@ def _operator(name: str, schema: str, fake: Callable[..., Results]) -> Callable[
 
     def register(function: Callable[..., Results]) -> Callable[..., Results]:
         def run(*args: Any) -> Results:
-            with without_autocast(next(x for x in args[3:] if x is not None)):
+            first = next(x for x in args[3:] if x is not None)
+            with without_autocast(first), same_threads(first):
                 return function(*args)
 
         def named(*args: Any) -> Results:

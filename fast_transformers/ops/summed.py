@@ -30,14 +30,15 @@ from .layout import (
 )
 from .scaling import factors_of, query_factors
 from .sums import Sums, Triple, empty_sums
+from .threads import paced
 
 Gradients = list[Tensor | None]
 
 
-def _chunks(length: int, call: Call, features: int) -> Iterator[Block]:
+def _chunks(length: int, call: Call, sums: Sums, what: str) -> Iterator[Block]:
     """The size of a chunk changes no cost here, as long as its features stay in a cache."""
-    chunk = call.chunk or max(MIN_CHUNK, BLOCK_FEATURES // max(features, 1))
-    return blocks(0, length, chunk, chunk)
+    chunk = call.chunk or max(MIN_CHUNK, BLOCK_FEATURES // max(sums.z.shape[-1], 1))
+    return paced(blocks(0, length, chunk, chunk), sums.kv, what, *sums.kv.shape, chunk)
 
 
 def allocate_state(call: Call, k: Tensor, v: Tensor) -> Triple:
@@ -58,7 +59,7 @@ def accumulate(
         k_tile, v_tile = tile.of(k), tile.of(v)
         keys = call.encoder(of_keys=True, mask=tile.of_mask(key_mask))
         sums = Sums.of_tile(state or final, tile)
-        for block in _chunks(length, call, sums.z.shape[-1]):
+        for block in _chunks(length, call, sums, "accumulate"):
             kappa = sums.enter(keys(k_tile, block))
             assert kappa is not None
             sums.absorb(kappa, keys.rows(v_tile, block))
@@ -83,7 +84,7 @@ def accumulate_backward(
         keys = call.encoder(of_keys=True, mask=tile.of_mask(key_mask))
         final = Sums.of_tile((d_kv, d_z, shift), tile)
         k_tile, v_tile, dk_tile, dv_tile = (tile.of(x) for x in (k, v, dk, dv))
-        for block in _chunks(length, call, final.z.shape[-1]):
+        for block in _chunks(length, call, final, "accumulate backward"):
             a, back = keys.differentiated(k_tile, block, d_parameters)
             kappa = a if final.shift is None else a.sub_(final.shift[:, None]).exp2_()
             values = keys.rows(v_tile, block)[0]
@@ -112,7 +113,7 @@ def attend(call: Call, q: Tensor, state: Triple) -> tuple[Tensor, Tensor]:
         q_tile, out_tile, norm_tile = (tile.of(x, groups) for x in (q, out, norm))
         queries = call.encoder(groups=groups)
         sums = Sums.of_tile(state, tile)
-        for block in _chunks(length, call, sums.z.shape[-1]):
+        for block in _chunks(length, call, sums, "attend"):
             p, offset = queries(q_tile, block, sums.shift), None
             check_widths(p.shape[-1], sums.z.shape[-1])
             if sums.shift is not None:
@@ -144,7 +145,7 @@ def attend_backward(
         gradient = Sums.of_tile((d_kv, d_z, None), tile)
         q_tile, norm_tile, dq_tile = (tile.of(x, groups) for x in (q, norm, dq))
         o_tile, do_tile = tile.of(out, groups), tile.of(d_out, groups)
-        for block in _chunks(length, call, sums.z.shape[-1]):
+        for block in _chunks(length, call, sums, "attend backward"):
             b, back = queries.differentiated(q_tile, block, d_parameters, sums.shift)
             do = pack(do_tile, block, call.dtype, groups)
             factor = pack(norm_tile, block, call.dtype, groups)

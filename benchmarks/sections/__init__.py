@@ -1,0 +1,1 @@
+"""What is measured, one module each: a function of the session that writes to its log."""

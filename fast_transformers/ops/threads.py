@@ -1,0 +1,99 @@
+"""How many threads a loop over blocks gets, from how long its blocks take.
+
+An operation on several threads ends with the slowest of them. When another program has taken a
+core, that is a time slice later, and a block consists of dozens of small operations: loops that
+take 20 ms on two threads were seen to take 5 s then, and 40 ms on one. So each loop compares, and
+stays on one thread while that is faster.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Hashable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+T = TypeVar("T")
+
+
+class Pace:
+    """Decides between one thread and all of them, block by block.
+
+    Times are smoothed. While one thread is faster, all threads are tried again after 64 blocks,
+    then 128, and so on, since a try on a busy machine may cost as much as all of these.
+    """
+
+    first_pause, longest_pause = 64, 8192
+
+    def __init__(self) -> None:
+        self._one: float | None = None
+        self._all: float | None = None
+        self._pause = self.first_pause
+        self._left = 0  # blocks until all threads are tried again
+
+    def alone(self) -> bool:
+        """Whether the next block is for one thread."""
+        return self._one is None or self._left > 0
+
+    def record(self, alone: bool, seconds: float) -> None:
+        """What the block took."""
+        if alone:
+            self._one = seconds if self._one is None else (3 * self._one + seconds) / 4
+            self._left = max(0, self._left - 1)
+            return
+        self._all = seconds if self._all is None else (self._all + seconds) / 2
+        if self._one is not None and self._all > self._one:
+            self._left, self._all = self._pause, None
+            self._pause = min(2 * self._pause, self.longest_pause)
+        elif self._left == 0:
+            self._pause = self.first_pause
+
+
+_paces: dict[Hashable, Pace] = {}
+
+
+def paced(items: Iterable[T], like: Tensor, *work: Hashable) -> Iterator[T]:
+    """Iterate; what the loop's body does with an item is timed, and given threads accordingly.
+
+    ``work`` tells loops apart whose bodies take different times. On other devices than the CPU,
+    and where PyTorch has one thread, nothing is timed.
+    """
+    threads = torch.get_num_threads()
+    if like.device.type != "cpu" or threads == 1:
+        yield from items
+        return
+    pace = _paces.setdefault((threads, *work), Pace())
+    given = threads
+    for item in items:
+        alone = pace.alone()
+        if given != (1 if alone else threads):
+            given = 1 if alone else threads
+            torch.set_num_threads(given)
+        start = time.perf_counter()
+        yield item
+        pace.record(alone, time.perf_counter() - start)
+    if given != threads:
+        torch.set_num_threads(threads)
+
+
+@contextmanager
+def same_threads(like: Tensor) -> Iterator[None]:
+    """The number of threads is afterwards what it was, even if a loop ends in an error."""
+    if like.device.type != "cpu":
+        yield
+        return
+    threads = torch.get_num_threads()
+    try:
+        yield
+    finally:
+        if torch.get_num_threads() != threads:
+            torch.set_num_threads(threads)
+
+
+def popped(stack: list[T]) -> Iterator[T]:
+    """Items from the end of a list that may grow meanwhile."""
+    while stack:
+        yield stack.pop()
