@@ -35,6 +35,14 @@ pytest.importorskip("onnxscript")
 # torch.onnx copies the tree of a program's inputs, which this torch deprecated
 pytestmark = pytest.mark.filterwarnings(r"ignore:`isinstance\(treespec, LeafSpec\)`:FutureWarning")
 
+
+@pytest.fixture(autouse=True)
+def _no_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What other tests have traced must not be compared with the sizes traced here: an exporter
+    takes the answer for a condition on its inputs."""
+    monkeypatch.setattr(torch._dynamo.config, "fake_tensor_cache_enabled", False)
+
+
 N, L = {0: Dim.DYNAMIC}, {1: Dim.DYNAMIC}
 NL = {**N, **L}
 LENGTHS = [1, 17, 64, 200]  # chunks have 16 or 64 tokens

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import Features
+from ..ops.features import transformed
 from .base import FeatureMap, elu_feature_map, takes_device
 
 
@@ -120,7 +121,7 @@ def _held_tensors(module: nn.Module) -> _Held:
 
 
 def _trained(tensor: Tensor) -> bool:
-    return tensor.requires_grad or isinstance(tensor, nn.Parameter)
+    return tensor.requires_grad or isinstance(tensor, nn.Parameter) or transformed(tensor)
 
 
 def _with_tensors(features: Features, held: _Held) -> Features:

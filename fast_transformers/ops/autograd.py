@@ -18,7 +18,7 @@ from . import operators
 from .call import Settings
 from .features import Features
 
-_USE_REFERENCE = "pass impl='reference' to the functions in fast_transformers.ops for this"
+USE_REFERENCE = "pass impl='reference' to the functions in fast_transformers.ops for this"
 
 
 def run(function: type[Function], differentiable: bool, *args: Any) -> Any:
@@ -28,7 +28,14 @@ def run(function: type[Function], differentiable: bool, *args: Any) -> Any:
     """
     if torch.compiler.is_compiling() and not differentiable:
         return function.forward(*args)
-    return function.apply(*args)
+    try:
+        return function.apply(*args)
+    except (NotImplementedError, RuntimeError) as error:
+        if "jvp" not in str(error):
+            raise
+        raise NotImplementedError(
+            f"the chunked form has no forward-mode derivatives (jvp); {USE_REFERENCE}"
+        ) from error
 
 
 class BackwardPass(Function):
@@ -38,7 +45,7 @@ class BackwardPass(Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
-        raise RuntimeError(f"the chunked form has no second derivatives; {_USE_REFERENCE}")
+        raise RuntimeError(f"the chunked form has no second derivatives; {USE_REFERENCE}")
 
 
 def _folded(
@@ -57,7 +64,7 @@ def _folded(
     shared, tensors = args[:3], args[3 : 3 + len(batch_in)]
     if len(args) > 3 + len(batch_in) or in_dims[2] is not None:
         raise NotImplementedError(
-            f"vmap over a feature map with trained or batched weights; {_USE_REFERENCE}"
+            f"vmap over a feature map with trained or batched weights; {USE_REFERENCE}"
         )
     folded = []
     for x, dim, batch in zip(tensors, in_dims[3:], batch_in, strict=True):

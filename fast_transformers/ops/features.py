@@ -8,6 +8,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch._C import _functorch  # pyright: ignore[reportAttributeAccessIssue]
+from torch.autograd import forward_ad
 
 from .kinds import Formula
 
@@ -51,6 +53,26 @@ def sum_dtype(*tensors: Tensor) -> torch.dtype:
         if x.dtype == torch.float64:
             return torch.float64
     return torch.float32
+
+
+def transformed(x: Tensor | None) -> bool:
+    """Whether torch.func differentiates or maps over a tensor, or it has a forward tangent."""
+    if x is None or not transforming():
+        return False
+    if forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None:
+        return True
+    while _functorch.is_functorch_wrapped_tensor(x):
+        if _functorch.is_batchedtensor(x) or x.requires_grad:
+            return True
+        x = _functorch.get_unwrapped(x)
+    return False
+
+
+def transforming() -> bool:
+    """Whether torch.func or forward-mode differentiation is at work at all."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def without_autocast(x: Tensor) -> AbstractContextManager[object]:

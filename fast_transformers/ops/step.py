@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .checks import check_state_width, check_widths
 from .choose import exporting
-from .features import Features
+from .features import Features, transformed
 from .kinds import KINDS, LOG2E, Kind
 from .scaling import lowest
 from .state import LinearState
@@ -26,6 +26,8 @@ def kind_of(features: Features, dtype: torch.dtype, *inputs: Tensor | None) -> K
     if features.formula is None or exporting():
         return None
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs):
+        return None
+    if any(map(transformed, inputs)):
         return None
     return KINDS[features.formula.kind](features.formula, dtype)
 

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from .autograd import Accumulate, Attend, Causal, run
+from .autograd import USE_REFERENCE, Accumulate, Attend, Causal, run
 from .call import Settings
-from .features import Features
+from .features import Features, transformed, transforming
 from .kinds import Formula
 from .state import LinearState
 
@@ -39,6 +39,7 @@ def causal(
             _encoded(features.keys, k, features, key_mask),
         )
         features = _given(features)
+    _refuse_hidden(features, q)
     tensors = (key_mask, q, k, v, *_sums(state))
     settings = _settings(features, tensors, chunk=chunk_size or 0, eps=eps, normalised=normalised)
     out, *final = _run(Causal, settings, features, tensors)
@@ -57,6 +58,7 @@ def accumulate(
     """Add keys (N, S, H, E) and values (N, S, H, M) to a state."""
     if _must_be_seen(features):
         k, features = _encoded(features.keys, k, features, key_mask), _given(features)
+    _refuse_hidden(features, k)
     tensors = (key_mask, k, v, *_sums(state))
     settings = _settings(features, tensors, chunk=chunk_size or 0)
     final = _run(Accumulate, settings, features, tensors)
@@ -69,6 +71,7 @@ def attend(
     """Look queries (N, L, H*R, E) up in a state: (N, L, H*R, M), in the dtype of the sums."""
     if _must_be_seen(features):
         q, features = _encoded(features.queries, q, features), _given(features)
+    _refuse_hidden(features, q)
     tensors = (q, *_sums(state))
     settings = _settings(features, tensors, chunk=chunk_size or 0, eps=eps)
     return _run(Attend, settings, features, tensors)[0]
@@ -92,6 +95,19 @@ def _encoded(
     return function(x.to(torch.promote_types(x.dtype, lowest)))
 
 
+def _refuse_hidden(features: Features, x: Tensor) -> None:
+    """torch.func cannot see through a pass to the tensors that a user's functions look at."""
+    if features.formula is not None or not transforming():
+        return
+    token = torch.zeros(1, 1, *x.shape[2:], dtype=torch.promote_types(x.dtype, torch.float32))
+    token = token.to(x.device, features.dtype or token.dtype)
+    if any(transformed(function(token)) for function in (features.queries, features.keys)):
+        raise NotImplementedError(
+            "torch.func or forward-mode derivatives of a feature map's own weights; "
+            + USE_REFERENCE
+        )
+
+
 def _given(features: Features) -> Features:
     kind = "logarithm" if features.exponential else "identity"
     return Features(exponential=features.exponential, any_layout=True, formula=Formula(kind))
@@ -100,7 +116,9 @@ def _given(features: Features) -> Features:
 def _settings(features: Features, tensors: tuple[Tensor | None, ...], **options: Any) -> Settings:
     formula = features.formula or Formula("")
     inputs = (*tensors, *features.parameters)
-    keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
+    keep = torch.is_grad_enabled() and any(
+        x is not None and (x.requires_grad or transformed(x)) for x in inputs
+    )
     return Settings(formula.kind, formula.numbers, **options, keep=keep)
 
 
