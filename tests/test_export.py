@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import Dim, ExportedProgram
 from torch.utils._pytree import tree_leaves, tree_map, tree_structure, tree_unflatten
 from torch.utils._sympy.numbers import int_oo
@@ -37,10 +38,10 @@ pytestmark = pytest.mark.filterwarnings(r"ignore:`isinstance\(treespec, LeafSpec
 
 
 @pytest.fixture(autouse=True)
-def _no_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+def _no_cache() -> None:
     """What other tests have traced must not be compared with the sizes traced here: an exporter
     takes the answer for a condition on its inputs."""
-    monkeypatch.setattr(torch._dynamo.config, "fake_tensor_cache_enabled", False)
+    FakeTensorMode.cache_clear()
 
 
 N, L = {0: Dim.DYNAMIC}, {1: Dim.DYNAMIC}
