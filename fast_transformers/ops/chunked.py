@@ -131,7 +131,8 @@ def forward(call: Call, inputs: Inputs, state: Triple | None) -> tuple[Tensor, T
     out, final, kept = allocate(call, inputs)
     if state is not None:
         check_state_width(state[1].shape[-1], final[1].shape[-1])
-    for tile in tiles(*final[1].shape[:2], whole=call.whole):
+    n, length, heads, _ = inputs.k.shape
+    for tile in tiles(n, heads, length, call.whole):
         mine = inputs.tile(tile)
         sums = Sums.of_tile(state or final, tile)
         groups = inputs.groups

@@ -43,7 +43,7 @@ def backward(
 ) -> tuple[Gradients, tuple[Tensor, Tensor]]:
     """Gradients of q, k, v and of the initial kv and z; those of the map's parameters are added
     to the list."""
-    n, _, heads, m = inputs.v.shape
+    n, length, heads, m = inputs.v.shape
     features, groups = kept.kv.shape[-2], inputs.groups
     dq, dk, dv = (torch.empty_like(x) for x in (inputs.q, inputs.k, inputs.v))
     d_kv = inputs.v.new_zeros(n, heads, features, m, dtype=call.dtype)
@@ -51,7 +51,7 @@ def backward(
     for mine, given in zip((d_kv, d_z), d_state, strict=True):
         if given is not None:
             mine.copy_(given)
-    for tile in tiles(n, heads, whole=call.whole):
+    for tile in tiles(n, heads, length, call.whole):
         outputs = tile.of(out, groups), tile.of(d_out, groups)
         sweep = _Sweep(call, inputs.tile(tile), *outputs, kept.tile(tile, groups), d_parameters)
         future = Sums.of_tile((d_kv, -d_z, final_shift), tile)

@@ -14,7 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-TILE = 8  # heads worked at once
+TILE = 8  # heads of long sequences worked at once
+TILE_TOKENS = 4096  # tokens of all heads of short sequences worked at once
 BLOCK = 256  # most tokens worked at once
 MIN_CHUNK = 64  # fewest tokens that are worth a matrix product
 BLOCK_FEATURES = 128 * 64  # most features of a head worked at once, but for a single chunk
@@ -35,13 +36,17 @@ class Tile(NamedTuple):
         return None if mask is None else mask[self.rows]
 
 
-def tiles(n: int, heads: int, whole: bool = False) -> Iterator[Tile]:
-    """Cover (n, heads) in tiles of about :data:`TILE` heads; ``whole`` keeps a sequence's heads
-    together, as a map with different weights for every head needs it."""
-    rows_at_once = max(1, TILE // max(heads, 1))
-    heads_at_once = heads if whole else TILE
+def tiles(n: int, heads: int, length: int, whole: bool = False) -> Iterator[Tile]:
+    """Cover (n, heads) in tiles, of more heads for short sequences, whose blocks are small.
+
+    ``whole`` keeps a sequence's heads together, as a map with different weights for every head
+    needs it.
+    """
+    at_once = max(TILE, TILE_TOKENS // max(length, 1))
+    rows_at_once = max(1, at_once // max(heads, 1))
+    heads_at_once = max(heads if whole else at_once, 1)
     for row in range(0, n, rows_at_once):
-        for head in range(0, heads, max(heads_at_once, 1)):
+        for head in range(0, heads, heads_at_once):
             yield Tile(
                 slice(row, min(row + rows_at_once, n)),
                 slice(head, min(head + heads_at_once, heads)),

@@ -55,7 +55,7 @@ def accumulate(
     final = allocate_state(call, k, v)
     if state is not None:
         check_state_width(state[1].shape[-1], final[1].shape[-1])
-    for tile in tiles(n, heads, whole=call.whole):
+    for tile in tiles(n, heads, length, call.whole):
         k_tile, v_tile = tile.of(k), tile.of(v)
         keys = call.encoder(of_keys=True, mask=tile.of_mask(key_mask))
         sums = Sums.of_tile(state or final, tile)
@@ -80,7 +80,7 @@ def accumulate_backward(
     """Gradients of k and v from those of the final kv and z, which are relative to ``shift``."""
     n, length, heads, _ = v.shape
     dk, dv = torch.empty_like(k), torch.empty_like(v)
-    for tile in tiles(n, heads, whole=call.whole):
+    for tile in tiles(n, heads, length, call.whole):
         keys = call.encoder(of_keys=True, mask=tile.of_mask(key_mask))
         final = Sums.of_tile((d_kv, d_z, shift), tile)
         k_tile, v_tile, dk_tile, dv_tile = (tile.of(x) for x in (k, v, dk, dv))
@@ -109,7 +109,7 @@ def attend(call: Call, q: Tensor, state: Triple) -> tuple[Tensor, Tensor]:
     groups = q_heads // max(heads, 1)
     out = q.new_empty(n, length, q_heads, m, dtype=call.dtype)
     norm = q.new_empty(n, length, q_heads, 1, dtype=call.dtype)
-    for tile in tiles(n, heads, whole=call.whole):
+    for tile in tiles(n, heads, length, call.whole):
         q_tile, out_tile, norm_tile = (tile.of(x, groups) for x in (q, out, norm))
         queries = call.encoder(groups=groups)
         sums = Sums.of_tile(state, tile)
@@ -139,7 +139,7 @@ def attend_backward(
     kv, z, _ = state
     groups = q_heads // max(kv.shape[1], 1)
     dq, d_kv, d_z = torch.empty_like(q), torch.zeros_like(kv), torch.zeros_like(z)
-    for tile in tiles(n, kv.shape[1], whole=call.whole):
+    for tile in tiles(n, kv.shape[1], length, call.whole):
         queries = call.encoder(groups=groups)
         sums = Sums.of_tile(state, tile)
         gradient = Sums.of_tile((d_kv, d_z, None), tile)
