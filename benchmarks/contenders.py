@@ -8,7 +8,7 @@ from typing import Any
 from fast_transformers.feature_maps import Favor
 
 from .worker.jobs import DIM
-from .worker.library import FEATURES, SEED
+from .worker.ours import FEATURES, SEED
 
 
 @dataclass(frozen=True)
@@ -58,9 +58,9 @@ OURS = {ELU: f"ours, {ELU}", FAVOR: f"ours, {FAVOR}"}
 SDPA = "SDPA"
 
 CONTENDERS = [
-    Contender(OURS[ELU], "library", ELU),
-    Contender(OURS[FAVOR], "library", FAVOR),
-    Contender(SDPA, "library", None),
+    Contender(OURS[ELU], "ours", ELU),
+    Contender(OURS[FAVOR], "ours", FAVOR),
+    Contender(SDPA, "ours", None),
     Contender(f"older library, {ELU}", "older", ELU),
     Contender(f"older library, {FAVOR}", "older", FAVOR),
     Contender(f"performer-pytorch, {FAVOR}", "performer", FAVOR),

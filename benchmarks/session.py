@@ -91,7 +91,7 @@ class Session(AbstractContextManager["Session"]):
 
     def new_worker(self, home: str) -> Worker:
         """A fresh process of the same kind, which the caller ends."""
-        if home == "library":
+        if home == "ours":
             return Worker(home)
         if not (self.settings.peers / "bin" / "python").exists():
             raise WorkerError(

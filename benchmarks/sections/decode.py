@@ -46,11 +46,11 @@ STEPS = [
     step
     for map in (ELU, FAVOR)
     for step in (
-        Step(f"ours, {map}, module", "library", "decode", _like("library", map)),
-        Step(f"ours, {map}, function", "library", "step", _like("library", map)),
+        Step(f"ours, {map}, module", "ours", "decode", _like("ours", map)),
+        Step(f"ours, {map}, function", "ours", "step", _like("ours", map)),
         Step(f"older library, {map}, module", "older", "decode", _like("older", map)),
     )
-] + [Step(f"{SDPA}, cache of {CACHED:,}", "library", "cached", _like("library", None))]
+] + [Step(f"{SDPA}, cache of {CACHED:,}", "ours", "cached", _like("ours", None))]
 
 
 def decode(session: Session) -> None:

@@ -47,7 +47,7 @@ FLOPS = {ELU: forward_flops(DIM, 0, LENGTH), FAVOR: forward_flops(256, 128, LENG
 def products(session: Session) -> None:
     """Rates of matrix products, and the fraction of them that our whole forward pass reaches."""
     ours = checked(session, True, [c for c in CONTENDERS if c.name in OURS.values()])
-    worker = session.worker("library")
+    worker = session.worker("ours")
     assert worker is not None
     for threads in session.settings.threads:
         worker.ask("threads", count=threads)
@@ -74,7 +74,7 @@ def neighbour(session: Session) -> None:
     Time on the wall, for one thread as well. The busy process is on no core in particular.
     """
     maps = [ELU] if session.settings.quick else [ELU, FAVOR]
-    linear = [c for c in CONTENDERS if c.home in ("library", "older") and c.map in maps]
+    linear = [c for c in CONTENDERS if c.home in ("ours", "older") and c.map in maps]
     right = checked(session, True, linear)
     with session.progress("neighbour", 4) as bar:
         for busy in (False, True):

@@ -7,7 +7,7 @@ from contextlib import ExitStack
 from ..contenders import CONTENDERS, Contender
 from ..processes import Worker, WorkerError
 from ..session import Session
-from ..worker.library import MAPS
+from ..worker.ours import MAPS
 
 LENGTHS, QUICK_LENGTHS = [1024, 4096, 16384], [4096]
 WARM_UP = 128  # tokens of a first call
@@ -16,8 +16,8 @@ PATIENCE = 4  # a single call may take this many times the limit of repeated one
 
 def memory(session: Session) -> None:
     """Every map of this library and every peer; batches of one."""
-    ours = [Contender(f"ours, {name}", "library", name) for name in MAPS]
-    peers = [c for c in CONTENDERS if c.home != "library" or c.map is None]
+    ours = [Contender(f"ours, {name}", "ours", name) for name in MAPS]
+    peers = [c for c in CONTENDERS if c.home != "ours" or c.map is None]
     quick = session.settings.quick
     series = [
         (contender, causal, backward)

@@ -12,8 +12,8 @@ from ..contenders import CONTENDERS, FAVOR, OURS
 from ..session import Session
 from ..timing import Timed, interleave, rounds_for
 from ..worker.jobs import DIM, TAIL
-from ..worker.library import FEATURES
 from ..worker.model import LAYERS, LENGTH, make_model, replace_attention
+from ..worker.ours import FEATURES
 from .attention import checked
 
 REDRAW_LENGTHS = [512, 1024, 2048, 4096]
@@ -25,7 +25,7 @@ def redraw(session: Session) -> None:
     ours = next(c for c in CONTENDERS if c.name == OURS[FAVOR])
     if not checked(session, True, [ours]):
         return
-    worker = session.worker("library")
+    worker = session.worker("ours")
     assert worker is not None
     for threads in session.settings.threads:
         worker.ask("threads", count=threads)
@@ -49,7 +49,7 @@ def redraw(session: Session) -> None:
 
 def model(session: Session) -> None:
     """A model's forward pass against its parts: the same without attention, and attention."""
-    worker = session.worker("library")
+    worker = session.worker("ours")
     assert worker is not None
     for threads in session.settings.threads:
         worker.ask("threads", count=threads)
