@@ -51,7 +51,7 @@ def positive_features(E: int = 8, F: int = 24) -> ops.Features:
     def phi(x: Tensor) -> Tensor:
         return torch.nn.functional.softplus(x @ weight.to(x.dtype)) + 0.01
 
-    return ops.Features(phi, phi, any_layout=True)
+    return ops.Features(phi, phi, any_heads=True)
 
 
 def exponential_features(E: int = 8, F: int = 24) -> ops.Features:
@@ -65,7 +65,7 @@ def exponential_features(E: int = 8, F: int = 24) -> ops.Features:
     def keys(x: Tensor) -> Tensor:
         return queries(x) - x.square().sum(-1, keepdim=True) / 2
 
-    return ops.Features(queries, keys, exponential=True, any_layout=True)
+    return ops.Features(queries, keys, exponential=True, any_heads=True)
 
 
 def differentiate(

@@ -79,7 +79,7 @@ def features_of(feature_map: Any) -> Features:
         queries, keys = feature_map.forward_queries, feature_map.forward_keys
     formula = feature_map.formula() if isinstance(feature_map, FeatureMap) else None
     features = Features(
-        queries, keys, exponential=exponential, any_layout=any_input, formula=formula
+        queries, keys, exponential=exponential, any_heads=any_input, formula=formula
     )
     if formula is not None:
         if formula.projection is None or not torch.is_grad_enabled():

@@ -54,14 +54,24 @@ class Call(NamedTuple):
         if features is None:
             formula = Formula(settings.kind, projection, settings.numbers)
             features = Features(
-                exponential=KINDS[formula.kind].exponential, any_layout=True, formula=formula
+                exponential=KINDS[formula.kind].exponential, any_heads=True, formula=formula
             )
         return cls(settings, features, dtype, settings.chunk or chunk)
 
     def encoder(self, **options: Any) -> Encoder:
         return Encoder(self.features, self.dtype, again=self.settings.keep, **options)
 
+    def lift(self, seen: bool) -> tuple[float, bool]:
+        """What is added to denominators, and whether they are known to exceed 0 then.
+
+        ``seen`` says that every query is known to see a key.
+        """
+        eps = 0.0 if self.features.exponential else self.settings.eps
+        formula = self.features.formula
+        positive = formula is not None and KINDS[formula.kind].positive
+        return eps, positive and (eps > 0 or (seen and self.features.exponential))
+
     @property
     def whole(self) -> bool:
         """Whether the heads of a sequence must stay together: a user's map may tell them apart."""
-        return not self.features.any_layout
+        return not self.features.any_heads

@@ -21,8 +21,8 @@ from torch import Tensor
 from .call import Call
 from .checks import check_state_width, check_widths
 from .encode import Encoder, width
-from .layout import BLOCK, BLOCK_FEATURES, Block, Tile, blocks, scale_into, tiles, unpack_into
-from .scaling import factors_of, query_factors
+from .layout import BLOCK, BLOCK_FEATURES, Block, Tile, blocks, scale_into, tiles, write_into
+from .scaling import factor_of, norm_of, query_factors
 from .sums import Sums, Triple, empty_sums
 from .threads import paced, popped
 
@@ -58,12 +58,12 @@ class Kept(NamedTuple):
     Attributes:
         norm: (N, L, H*R, 1) reciprocals or log2 of the denominators.
         cuts: (N, H, L) bool, whether a block begins at a token; for exponential features only.
-        kv, z, shift: the sums before the tokens 0, K, 2 K, ...: (L/K, N, H, ...).
+        s, z, shift: the sums before the tokens 0, K, 2 K, ...: (L/K, N, H, ...), S transposed.
     """
 
     norm: Tensor
     cuts: Tensor
-    kv: Tensor
+    s: Tensor
     z: Tensor
     shift: Tensor
 
@@ -77,24 +77,24 @@ class Kept(NamedTuple):
         return cls(
             new(n, normalised, h * inputs.groups, 1, dtype=call.dtype),
             inputs.q.new_zeros(n, h, length if exponential else 0, dtype=torch.bool),
-            new(states, n, h, features, m, dtype=call.dtype),
+            new(states, n, h, m, features, dtype=call.dtype),
             new(states, n, h, features, dtype=call.dtype),
             new(states, n, h, features if exponential else 0, dtype=call.dtype),
         )
 
     def tile(self, tile: Tile, groups: int) -> Kept:
-        states = (x[:, tile.rows, tile.heads] for x in (self.kv, self.z, self.shift))
+        states = (x[:, tile.rows, tile.heads] for x in (self.s, self.z, self.shift))
         return Kept(tile.of(self.norm, groups), self.cuts[tile.rows, tile.heads], *states)
 
     def write(self, i: int, sums: Sums) -> None:
-        self.kv[i] = sums.kv.view_as(self.kv[i])
+        self.s[i] = sums.s.view_as(self.s[i])
         self.z[i] = sums.z.view_as(self.z[i])
         if sums.shift is not None:
             self.shift[i] = sums.shift.view_as(self.shift[i])
 
     def read(self, i: int, exponential: bool) -> Sums:
         shift = self.shift[i].flatten(0, 1) if exponential else None
-        return Sums(self.kv[i].flatten(0, 1), self.z[i].flatten(0, 1), shift)
+        return Sums(self.s[i].flatten(0, 1), self.z[i].flatten(0, 1), shift)
 
 
 def spacing(call: Call, inputs: Inputs, features: int) -> int:
@@ -148,7 +148,7 @@ def _forward_tile(call: Call, inputs: Inputs, sums: Sums, out: Tensor, kept: Kep
         if call.settings.keep:
             kept.write(i, sums)
         waiting = cut(interval, call.chunk, features)[::-1]
-        for block in paced(popped(waiting), out, "causal", *sums.kv.shape, call.chunk):
+        for block in paced(popped(waiting), out, "causal", *sums.s.shape, call.chunk):
             if not _forward_block(call, inputs, encoders, block, sums, out, kept):
                 waiting += block.halves()[::-1]
 
@@ -164,35 +164,35 @@ def _forward_block(
 ) -> bool:
     """Write the values of a block, unless its keys differ too much to be worked together."""
     queries, keys = encoders
-    kappa = sums.enter(keys(inputs.k, block), keys.dropped(block, inputs.k.shape[2]), whole=False)
+    kappa = sums.enter(keys(inputs.k, block), inputs.key_mask is not None, whole=False)
     if kappa is None:
         return False
-    v, p, offset = keys.rows(inputs.v, block), queries(inputs.q, block, sums.shift), None
+    v, p, offset = keys.values(inputs.v, block), queries(inputs.q, block, sums.shift), None
     check_widths(p.shape[-1], kappa.shape[-1])
     if sums.shift is not None:
         p, offset = query_factors(p)
-    weights = tril(torch.bmm(p.flatten(0, 1), kappa.flatten(0, 1).mT))
     denominator = (p * sums.z_before(kappa)[:, :, None]).sum(-1, keepdim=True)
-    denominator += weights.sum(-1, keepdim=True).view_as(denominator)
     values = v.new_empty(*p.shape[:-1], v.shape[-1])
-    for p_i, kappa_i, v_i, values_i in zip(p, kappa, v, values, strict=True):
-        torch.bmm(p_i, sums.kv, out=values_i)
+    weights = v.new_empty(*p.shape[:-1], v.shape[-2])
+    for p_i, kappa_i, v_i, values_i, weights_i in zip(p, kappa, v, values, weights, strict=True):
+        torch.bmm(p_i, kappa_i.mT, out=weights_i)
+        torch.bmm(p_i, sums.s.mT, out=values_i).baddbmm_(tril(weights_i), v_i)
         sums.add(kappa_i, v_i)
-    values.flatten(0, 1).baddbmm_(weights, v.flatten(0, 1))
+    denominator += weights.sum(-1, keepdim=True)
     if call.settings.normalised:
-        factor, norm = factors_of(denominator, offset, call.settings.eps)
+        factor = factor_of(denominator, *call.lift(seen=inputs.key_mask is None))
         scale_into(out, block, values, factor, inputs.groups)
         if call.settings.keep:
-            unpack_into(kept.norm, block, norm, inputs.groups)
+            write_into(kept.norm, block, norm_of(denominator, factor, offset), inputs.groups)
     else:
-        unpack_into(out, block, values, inputs.groups)
+        write_into(out, block, values, inputs.groups)
     if call.settings.keep and sums.shift is not None:
         kept.cuts[:, :, block.start] = True
     return True
 
 
 def tril(pairs: Tensor) -> Tensor:
-    """Clear the pairs whose key comes after the query: (T*G, R*C, C), in place."""
+    """Clear the pairs whose key comes after the query: (G, R*C, C), in place."""
     c = pairs.shape[-1]
     pairs.view(-1, c, c).tril_()
     return pairs

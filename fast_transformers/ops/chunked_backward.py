@@ -23,7 +23,7 @@ from torch import Tensor
 from .call import Call
 from .chunked import Inputs, Kept, cut, intervals, spacing, tril
 from .encode import PullBack
-from .layout import Block, pack, tiles, unpack_into
+from .layout import Block, group, tiles, write_into
 from .summed import row_dots
 from .sums import Sums
 from .threads import paced, popped
@@ -44,7 +44,7 @@ def backward(
     """Gradients of q, k, v and of the initial kv and z; those of the map's parameters are added
     to the list."""
     n, length, heads, m = inputs.v.shape
-    features, groups = kept.kv.shape[-2], inputs.groups
+    features, groups = kept.s.shape[-1], inputs.groups
     dq, dk, dv = (torch.empty_like(x) for x in (inputs.q, inputs.k, inputs.v))
     d_kv = inputs.v.new_zeros(n, heads, features, m, dtype=call.dtype)
     d_z = inputs.v.new_zeros(n, heads, features, dtype=call.dtype)
@@ -56,7 +56,8 @@ def backward(
         sweep = _Sweep(call, inputs.tile(tile), *outputs, kept.tile(tile, groups), d_parameters)
         future = Sums.of_tile((d_kv, -d_z, final_shift), tile)
         sweep.run(future, (tile.of(dq, groups), tile.of(dk), tile.of(dv)))
-        Sums(future.kv, -future.z, None).write((d_kv, d_z, None), tile)
+        future.z = -future.z
+        future.write((d_kv, d_z, None), tile)
     return (dq, dk, dv), (d_kv, d_z)
 
 
@@ -66,7 +67,7 @@ class _Past(NamedTuple):
     block: Block
     kappa: Tensor  # (T, G, C, F)
     v: Tensor
-    kv: list[Tensor]  # before each chunk, (G, F, M)
+    s: list[Tensor]  # before each chunk, (G, M, F)
     z: Tensor  # (T, G, F)
     shift: Tensor | None
     pull_back: PullBack  # of the keys
@@ -91,11 +92,11 @@ class _Sweep:
 
     def run(self, future: Sums, gradients: Gradients) -> None:
         """From the last token to the first, with the sums of the future so far."""
-        every = spacing(self._call, self._inputs, self._kept.kv.shape[-2])
+        every = spacing(self._call, self._inputs, self._kept.s.shape[-1])
         exponential = self._call.features.exponential
         for i, interval in reversed([*enumerate(intervals(self._inputs.q.shape[1], every))]):
             sums = self._kept.read(i, exponential)
-            work = *sums.kv.shape, self._call.chunk
+            work = *sums.s.shape, self._call.chunk
             restored = self._restore(sums.snapshot(), interval, work)
             for past in paced(popped(restored), self._out, "causal backward", *work):
                 self._block(past, future, gradients)
@@ -108,20 +109,20 @@ class _Sweep:
         found = []
         for block in paced(self._blocks(interval), self._out, "causal restored", *work):
             a, back = self._keys.differentiated(self._inputs.k, block, self._d_parameters)
-            v = self._keys.rows(self._inputs.v, block)
+            v = self._keys.values(self._inputs.v, block)
             kappa = sums.enter(a)
             assert kappa is not None
-            z, kv = sums.z_before(kappa), []
+            z, s = sums.z_before(kappa), []
             for kappa_i, v_i in zip(kappa, v, strict=True):
-                kv.append(sums.kv)
+                s.append(sums.s.clone())
                 sums.add(kappa_i, v_i)
-            found.append(_Past(block, kappa, v, kv, z, sums.shift, back))
+            found.append(_Past(block, kappa, v, s, z, sums.shift, back))
         return found
 
     def _blocks(self, interval: slice) -> list[Block]:
         """The blocks that the forward pass cut these tokens into."""
         found, chunk = [], self._call.chunk
-        waiting = cut(interval, chunk, self._kept.kv.shape[-2])[::-1]
+        waiting = cut(interval, chunk, self._kept.s.shape[-1])[::-1]
         while waiting:
             block = waiting.pop()
             if self._cuts is not None and any(self._cuts[block.start + 1 : block.at.stop]):
@@ -131,48 +132,43 @@ class _Sweep:
         return found
 
     def _block(self, past: _Past, future: Sums, gradients: Gradients) -> None:
-        block, kappa, v, kv, z, shift, keys_back = past
+        block, kappa, v, s, z, shift, keys_back = past
         call, inputs = self._call, self._inputs
         b, queries_back = self._queries.differentiated(inputs.q, block, self._d_parameters, shift)
-        do = pack(self._d_out, block, call.dtype, inputs.groups)
+        do = group(block.of(self._d_out).to(call.dtype), block, inputs.groups)
         norm, delta = self._norm_and_delta(block, do)
         if shift is None:
             p = b * norm
         else:
             p = b.sub_(norm).exp2_()
             future.lower(shift)
-        pairs = tril(torch.bmm(do.flatten(0, 1), v.flatten(0, 1).mT).sub_(delta.flatten(0, 1)))
-        weights = tril(torch.bmm(p.flatten(0, 1), kappa.flatten(0, 1).mT))
         r = future.z_after(p * delta)
-        db, da, dv = b.new_empty(b.shape), kappa.new_empty(kappa.shape), v.new_empty(v.shape)
+        db, da, dv = torch.empty_like(b), torch.empty_like(kappa), v.new_empty(v.shape)
         for i in reversed(range(block.t)):
-            torch.bmm(do[i], kv[i].mT, out=db[i])
-            torch.bmm(v[i], future.kv.mT, out=da[i])
-            torch.bmm(kappa[i], future.kv, out=dv[i])
-            future.add(p[i], do[i])
-        db.flatten(0, 1).baddbmm_(pairs, kappa.flatten(0, 1))
-        da.flatten(0, 1).baddbmm_(pairs.mT, p.flatten(0, 1))
-        dv.flatten(0, 1).baddbmm_(weights.mT, do.flatten(0, 1))
+            p_i, kappa_i, v_i, do_i = p[i], kappa[i], v[i], do[i]
+            pairs = tril(torch.bmm(do_i, v_i.mT).sub_(delta[i]))
+            weights = tril(torch.bmm(p_i, kappa_i.mT))
+            torch.bmm(do_i, s[i], out=db[i]).baddbmm_(pairs, kappa_i)
+            torch.bmm(v_i, future.s, out=da[i]).baddbmm_(pairs.mT, p_i)
+            torch.bmm(kappa_i, future.s.mT, out=dv[i]).baddbmm_(weights.mT, do_i)
+            future.add(p_i, do_i)
         db.addcmul_(delta, z[:, :, None], value=-1)
         da.sub_(r[:, :, None])
         if shift is None:
             db.mul_(norm)
-            drop = self._keys.dropped(block, inputs.k.shape[2])
-            if drop is not None:
-                da.masked_fill_(drop, 0.0)
+            self._keys.hide(da, block)
         else:
             db.mul_(p)
             da.mul_(kappa)
         dq, dk, dv_out = gradients
         queries_back(db, dq)
         keys_back(da, dk)
-        unpack_into(dv_out, block, dv)
+        write_into(dv_out, block, dv)
 
     def _norm_and_delta(self, block: Block, do: Tensor) -> tuple[Tensor, Tensor]:
         """Both (T, G, R*C, 1)."""
-        shape = (*do.shape[:-1], 1)
         if not self._call.settings.normalised:
-            return do.new_ones(1), do.new_zeros(1).expand(shape)
+            return do.new_ones(1), do.new_zeros(1).expand(*do.shape[:-1], 1)
         groups = self._inputs.groups
-        norm = pack(self._kept.norm, block, do.dtype, groups)
+        norm = group(block.of(self._kept.norm), block, groups)
         return norm, row_dots(self._out, self._d_out, block, groups)

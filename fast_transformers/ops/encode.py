@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import Tensor
 
 from .features import Features
 from .kinds import KINDS, LOG2E, Kind
-from .layout import Block, natural, pack, unpack_into
+from .layout import Block, group, ungroup
 
 PullBack = Callable[[Tensor, Tensor], None]  # gradient of the features, gradient of x to fill
 
@@ -18,7 +18,7 @@ PullBack = Callable[[Tensor, Tensor], None]  # gradient of the features, gradien
 class Encoder:
     """phi of the queries or of the keys of a tile, block by block; log2(phi) for exponentials.
 
-    Values come packed, see :mod:`.layout`. Those of exponential maps may be overwritten.
+    Values come grouped, see :mod:`.layout`. Those of exponential maps may be overwritten.
 
     Args:
         features: the map.
@@ -42,13 +42,12 @@ class Encoder:
         mask: Tensor | None = None,
         again: bool = False,
     ) -> None:
-        self._again, self._of_keys = again, of_keys
-        self._features, self._dtype, self._groups, self._mask = features, dtype, groups, mask
+        self._features, self._dtype, self._groups, self._again = features, dtype, groups, again
+        self._drop = None if mask is None else ~mask[:, :, None, None]
         self._function = features.keys if of_keys else features.queries
-        self._kind: Kind | None = None
+        self._of_keys, self._kind = of_keys, None
         if features.formula is not None:
             self._kind = KINDS[features.formula.kind](features.formula, dtype)
-            self._back = self._kind.keys_back if of_keys else self._kind.queries_back
 
     def __call__(self, x: Tensor, block: Block, shift: Tensor | None = None) -> Tensor:
         """Features of a block of (N, length, H*R, E), as (T, N*H, R*C, F).
@@ -56,12 +55,11 @@ class Encoder:
         ``shift`` (N*H, F) is added to the logarithms of exponential features of queries.
         """
         if self._kind is not None:
-            return self._hide(self._evaluate(self._kind, self.rows(x, block), shift), block)
+            phi = self._evaluate(self._kind, self._rows(x, block), shift)
+            return group(self._hide(phi, block), block, self._groups)
         given = self._given(x, block)
-        if block.start or not self._again or self._features.any_layout:
-            return self._finish(self._call(given, block), block, shift)
-        with _same_again(x):
-            return self._finish(self._call(given, block), block, shift)
+        with self._same_again(x, block):
+            return self._finish(self._function(given), block, shift)
 
     def differentiated(
         self,
@@ -72,29 +70,27 @@ class Encoder:
     ) -> tuple[Tensor, PullBack]:
         """The same, and the function that pulls a gradient of phi, or of log(phi), back."""
         if self._kind is not None:
-            rows = self.rows(x, block)
+            rows = self._rows(x, block)
             phi = self._evaluate(self._kind, rows, shift)
+            kind_back = self._kind.keys_back if self._of_keys else self._kind.queries_back
 
             def back(gradient: Tensor, dx: Tensor) -> None:
-                unpack_into(dx, block, self._back(gradient, phi, rows), self._groups)
+                gradient = ungroup(gradient, block, x.shape[0], self._groups)
+                block.of(dx).copy_(kind_back(gradient, phi, rows))
 
-            return self._hide(phi, block), back
+            return group(self._hide(phi, block), block, self._groups), back
         inputs = [self._given(x, block).requires_grad_(), *self._features.parameters]
         with torch.enable_grad():
-            value = self._call(inputs[0], block)
+            value = self._function(inputs[0]).to(self._dtype)
         if block.start == 0:
             _check_leaves(value, inputs)
 
         def pull_back(gradient: Tensor, dx: Tensor) -> None:
             first, rest = None, []
             if value.requires_grad:
+                gradient = ungroup(gradient, block, x.shape[0], self._groups)
                 first, *rest = torch.autograd.grad(value, inputs, gradient, allow_unused=True)
-            if first is None:
-                dx[:, block.at] = 0
-            elif self._features.any_layout:
-                unpack_into(dx, block, first, self._groups)
-            else:
-                dx[:, block.at] = first
+            block.of(dx).copy_(first) if first is not None else block.of(dx).zero_()
             for i, extra in enumerate(rest):
                 if extra is not None:
                     old = d_parameters[i]
@@ -102,55 +98,58 @@ class Encoder:
 
         return self._finish(value.detach(), block, shift), pull_back
 
-    def rows(self, x: Tensor, block: Block) -> Tensor:
-        """A block of x itself, packed, with zeros in the masked rows."""
-        rows = pack(x, block, self._dtype, self._groups)
-        drop = self.dropped(block, x.shape[2])
-        return rows if drop is None else rows.masked_fill_(drop, 0.0)
+    def values(self, v: Tensor, block: Block) -> Tensor:
+        """A block of v (N, length, H, M) as (T, N*H, C, M), with zeros in the masked rows."""
+        return group(self._rows(v, block), block)
 
-    def dropped(self, block: Block, heads: int) -> Tensor | None:
-        """Where a row of a block is masked, (T, N*H, C, 1)."""
-        if self._mask is None:
-            return None
-        drop = ~self._mask[:, block.at, None, None].expand(-1, -1, heads, 1)
-        return pack(drop, block._replace(start=0), torch.bool)
+    def hide(self, gradient: Tensor, block: Block) -> None:
+        """Clear the masked rows of a gradient (T, N*H, C, F)."""
+        if self._drop is not None:
+            heads = gradient.shape[1] // self._drop.shape[0]
+            drop = block.of(self._drop).expand(-1, -1, heads, 1)
+            gradient.masked_fill_(group(drop, block), 0.0)
+
+    def _rows(self, x: Tensor, block: Block) -> Tensor:
+        rows = block.of(x).to(self._dtype)
+        return rows if self._drop is None else rows.masked_fill(block.of(self._drop), 0.0)
 
     def _given(self, x: Tensor, block: Block) -> Tensor:
-        """What the user's function is called with: packed rows, or (N, T*C, H, E)."""
-        if self._features.any_layout:
-            return self.rows(x, block)
+        """What the user's function is called with."""
         weights = self._features.dtype
-        x = x[:, block.at].detach()
-        x = x.to(torch.promote_types(x.dtype, weights) if weights else self._dtype)
-        if self._mask is None:
-            return x
-        return x.masked_fill(~self._mask[:, block.at, None, None], 0.0)
-
-    def _call(self, x: Tensor, block: Block) -> Tensor:
-        phi = self._function(x)
-        if not self._features.any_layout:
-            view = natural(phi, block, self._groups)
-            t, n, h, r, c, f = view.shape
-            phi = view.reshape(t, n * h, r * c, f)
-        return phi.to(self._dtype)
+        given = block.of(x).detach()
+        given = given.to(torch.promote_types(x.dtype, weights) if weights else self._dtype)
+        return given if self._drop is None else given.masked_fill(block.of(self._drop), 0.0)
 
     def _evaluate(self, kind: Kind, rows: Tensor, shift: Tensor | None) -> Tensor:
-        return kind.keys(rows) if self._of_keys else kind.queries(rows, shift)
+        if self._of_keys:
+            return kind.keys(rows)
+        return kind.queries(rows, None if shift is None else self._spread(shift, rows.shape[0]))
+
+    def _spread(self, shift: Tensor, n: int) -> Tensor:
+        """(N*H, F) for every query head, (N, 1, H*R, F)."""
+        shift = shift.view(n, 1, -1, shift.shape[-1])
+        return shift if self._groups == 1 else shift.repeat_interleave(self._groups, 2)
 
     def _finish(self, phi: Tensor, block: Block, shift: Tensor | None) -> Tensor:
+        phi = phi.to(self._dtype)
         if self._features.exponential:
             phi = phi * LOG2E
         if shift is not None:
-            phi.add_(shift[:, None])
-        return self._hide(phi, block)
+            phi = phi.add_(self._spread(shift, phi.shape[0]))
+        return group(self._hide(phi, block), block, self._groups)
 
     def _hide(self, phi: Tensor, block: Block) -> Tensor:
         """A masked key has a feature of 0, whose logarithm is -inf."""
-        if self._mask is None:
+        if self._drop is None:
             return phi
-        drop = self.dropped(block, phi.shape[1] // self._mask.shape[0])
-        assert drop is not None
-        return phi.masked_fill(drop, -torch.inf if self._features.exponential else 0.0)
+        return phi.masked_fill(
+            block.of(self._drop), -torch.inf if self._features.exponential else 0.0
+        )
+
+    def _same_again(self, x: Tensor, block: Block) -> AbstractContextManager[None]:
+        if self._again and not self._features.any_heads and block.start == 0:
+            return _same_again(x)
+        return nullcontext()
 
 
 @contextmanager

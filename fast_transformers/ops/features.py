@@ -29,8 +29,7 @@ class Features(NamedTuple):
         parameters: trained tensors inside the two functions; they receive gradients.
         dtype: dtype of the functions' own weights, None if they have none. Inputs are promoted
             to it, or else to the dtype of the sums.
-        any_layout: the functions touch the last dimension only, so they may be given
-            (T, N*H, C, E) instead, which saves a copy.
+        any_heads: the functions treat all heads alike, so they may be given some of them.
         formula: the same map by name, which the operators evaluate and differentiate themselves;
             None for a map that has no name there.
     """
@@ -40,11 +39,11 @@ class Features(NamedTuple):
     exponential: bool = False
     parameters: tuple[Tensor, ...] = ()
     dtype: torch.dtype | None = None
-    any_layout: bool = False
+    any_heads: bool = False
     formula: Formula | None = None
 
 
-IDENTITY = Features(any_layout=True, formula=Formula("identity"))
+IDENTITY = Features(any_heads=True, formula=Formula("identity"))
 
 
 def sum_dtype(*tensors: Tensor) -> torch.dtype:

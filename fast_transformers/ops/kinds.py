@@ -32,13 +32,13 @@ class Formula(NamedTuple):
 
 
 class Kind:
-    """phi of packed rows, (..., E) to (..., F), and its pull-back; this one is phi(x) = x.
+    """phi of rows, (..., E) to (..., F), and its pull-back; this one is phi(x) = x.
 
     Exponential kinds give log2(phi), and are pulled back from the gradient of log(phi).
     """
 
     exponential = False
-    positive = False  # no feature below 0
+    positive = False  # no feature below 0; above 0, if exponential
 
     def __init__(self, formula: Formula, dtype: torch.dtype) -> None:
         """Prepare what all chunks share; ``dtype`` is that of the sums."""
@@ -49,9 +49,9 @@ class Kind:
         return dims
 
     def queries(self, x: Tensor, shift: Tensor | None = None) -> Tensor:
-        """``shift`` (G, F) is added to the logarithms of exponential kinds."""
+        """``shift`` is added to the logarithms of exponential kinds."""
         phi = self.value(x)
-        return phi if shift is None else phi.add_(shift[:, None])
+        return phi if shift is None else phi.add_(shift)
 
     def keys(self, x: Tensor) -> Tensor:
         return self.value(x)
@@ -129,12 +129,12 @@ class Projected(Kind):
         scaled = self._scaled
         if scaled is None:
             if x.numel() < self.omega.numel():
-                return (x * self.scale) @ self.omega
+                return _product(x * self.scale, self.omega)
             scaled = self._scaled = self.omega * self.scale
-        return x @ scaled
+        return _product(x, scaled)
 
     def project_back(self, gradient: Tensor) -> Tensor:
-        return (gradient @ self.omega.mT).mul_(self.temp**0.5)
+        return _product(gradient, self.omega.mT).mul_(self.temp**0.5)
 
     def value(self, x: Tensor) -> Tensor:
         return self.function(self.project(x))
@@ -197,8 +197,8 @@ class Hyperbolic(Projected):
     """
 
     exponential = True
+    positive = True
     per_direction = 2
-
     unit = LOG2E
 
     def __init__(self, formula: Formula, dtype: torch.dtype) -> None:
@@ -209,10 +209,11 @@ class Hyperbolic(Projected):
         u = self.project(x)
         if shift is None:
             return torch.cat([u, -u], -1)
-        return _signs(u, *shift[:, None].chunk(2, -1))
+        return _signs(u, *shift.chunk(2, -1))
 
     def keys(self, x: Tensor) -> Tensor:
-        offset = x.square().sum(-1, keepdim=True).mul_(-self.temp * LOG2E / 2).sub_(self.constant)
+        norm = x.square().sum(-1, keepdim=True)
+        offset = torch.rsub(norm, -self.constant, alpha=self.temp * LOG2E / 2)
         return _signs(self.project(x), offset, offset)
 
     def queries_back(self, gradient: Tensor, phi: Tensor, x: Tensor) -> Tensor:
@@ -222,6 +223,11 @@ class Hyperbolic(Projected):
     def keys_back(self, gradient: Tensor, phi: Tensor, x: Tensor) -> Tensor:
         total = gradient.sum(-1, keepdim=True)
         return self.queries_back(gradient, phi, x).addcmul_(x, total, value=-self.temp)
+
+
+def _product(x: Tensor, weights: Tensor) -> Tensor:
+    """One product of matrices, which ``x @ weights`` is not for a slice of a sequence."""
+    return torch.mm(x.flatten(0, -2), weights).view(*x.shape[:-1], -1)
 
 
 def _signs(u: Tensor, plus: Tensor, minus: Tensor) -> Tensor:

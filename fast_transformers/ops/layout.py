@@ -18,7 +18,7 @@ TILE = 8  # heads of long sequences worked at once
 TILE_TOKENS = 4096  # tokens of all heads of short sequences worked at once
 BLOCK = 256  # most tokens worked at once
 MIN_CHUNK = 64  # fewest tokens that are worth a matrix product
-BLOCK_FEATURES = 128 * 64  # most features of a head worked at once, but for a single chunk
+BLOCK_FEATURES = 256 * 64  # most features of a head worked at once, but for a single chunk
 
 
 class Tile(NamedTuple):
@@ -64,6 +64,10 @@ class Block(NamedTuple):
     def at(self) -> slice:
         return slice(self.start, self.start + self.t * self.c)
 
+    def of(self, x: Tensor) -> Tensor:
+        """The rows of (N, length, ...)."""
+        return x.narrow(1, self.start, self.t * self.c)
+
     def halves(self) -> tuple[Block, Block]:
         """Two blocks of the same tokens; for blocks of more than one token."""
         if self.t > 1:
@@ -84,26 +88,32 @@ def blocks(start: int, stop: int, chunk: int, most: int) -> Iterator[Block]:
 
 
 def natural(x: Tensor, block: Block, groups: int = 1) -> Tensor:
-    """A (T, N, H, R, C, D) view of (N, T*C, H*R, D)."""
-    x = x.unflatten(1, (block.t, block.c)).unflatten(3, (x.shape[2] // groups, groups))
-    return x.permute(1, 0, 3, 4, 2, 5)
+    """A (T, N, H, R, C, D) view of the rows (N, T*C, H*R, D) of a block."""
+    n, _, heads, d = x.shape
+    return x.view(n, block.t, block.c, heads // groups, groups, d).permute(1, 0, 3, 4, 2, 5)
 
 
-def pack(x: Tensor, block: Block, dtype: torch.dtype, groups: int = 1) -> Tensor:
-    """Rows ``block`` of (N, length, H*R, D), any strides, copied to (T, N*H, R*C, D)."""
-    view = natural(x[:, block.at], block, groups)
-    packed = torch.empty(view.shape, dtype=dtype, device=x.device).copy_(view)
+def group(x: Tensor, block: Block, groups: int = 1) -> Tensor:
+    """The rows (N, T*C, H*R, D) of a block as (T, N*H, R*C, D): a view, if N = R = 1."""
+    view = natural(x, block, groups)
     t, n, h, r, c, d = view.shape
-    return packed.view(t, n * h, r * c, d)
+    return view.reshape(t, n * h, r * c, d)
 
 
-def unpack_into(out: Tensor, block: Block, packed: Tensor, groups: int = 1) -> None:
-    """Write (T, N*H, R*C, D) to rows ``block`` of (N, length, H*R, D)."""
-    view = natural(out[:, block.at], block, groups)
-    view.copy_(packed.reshape(view.shape))
+def ungroup(x: Tensor, block: Block, n: int, groups: int = 1) -> Tensor:
+    """The inverse of :func:`group`: a view of what has the memory layout that it gave."""
+    t, g, rows, d = x.shape
+    x = x.view(t, n, g // n, groups, rows // groups, d).permute(1, 0, 4, 2, 3, 5)
+    return x.reshape(n, block.t * block.c, -1, d)
 
 
-def scale_into(out: Tensor, block: Block, packed: Tensor, factor: Tensor, groups: int = 1) -> None:
-    """Write packed rows times a factor (T, N*H, R*C, 1) to rows ``block`` of (N, length, ...)."""
-    view = natural(out[:, block.at], block, groups)
-    torch.mul(packed.view(view.shape), factor.view(*view.shape[:-1], 1), out=view)
+def scale_into(out: Tensor, block: Block, x: Tensor, factor: Tensor, groups: int = 1) -> None:
+    """Write x (T, N*H, R*C, D) times a factor (T, N*H, R*C, 1) to rows of (N, length, ...)."""
+    view = natural(block.of(out), block, groups)
+    torch.mul(x.view(view.shape), factor.view(*view.shape[:-1], 1), out=view)
+
+
+def write_into(out: Tensor, block: Block, x: Tensor, groups: int = 1) -> None:
+    """Write x (T, N*H, R*C, D) to rows of (N, length, H*R, D)."""
+    view = natural(block.of(out), block, groups)
+    view.copy_(x.view(view.shape))

@@ -31,35 +31,41 @@ def headroom(dtype: torch.dtype) -> float:
     return 0.7 * math.log2(torch.finfo(dtype).max)
 
 
-def reference(a: Tensor, shift: Tensor, drop: Tensor | None, whole: bool) -> Tensor | None:
+def reference(a: Tensor, shift: Tensor, masked: bool, whole: bool) -> Tensor | None:
     """The shift for a block of keys; None if its keys differ too much for a common one.
 
-    Too much would cost some query of the block its precision: a query sees only the keys before
-    it, whose maximum may lie far below that of the block. The distance is at most that between
-    the block's maximum and its first key (or its smallest key, if the first may be masked).
-
     The shift stays as it is while no key exceeds it by much, which saves the work of rescaling
-    the sums. One or two values are read back from the device to decide; a ``whole`` block, which
-    no query is part of, has a shift in any case and needs no reading on a GPU.
+    the sums; a value is read back from the device to decide. Only on a GPU a ``whole`` block,
+    which no query is part of, is given a new one without reading.
 
     Args:
         a: (T, G, C, F) log2 of the keys' features.
         shift: (G, F) so far.
-        drop: (T, G, C, 1), where keys are masked.
+        masked: whether keys may be masked, with features of 0.
         whole: whether all queries see all keys of the block.
     """
-    top = a.amax(2).amax(0)
-    rise = (top - shift).amax()
-    if whole or a.shape[0] * a.shape[2] == 1:
-        stays = a.device.type == "cpu" and bool(rise <= _SLACK)
-    else:
-        first = a[0, :, 0] if drop is None else a.masked_fill(drop, math.inf).amin(2).amin(0)
-        gap = (torch.maximum(shift, top) - torch.maximum(shift, first)).amax()
-        highest, widest = torch.stack([rise, gap]).tolist()
-        if widest > headroom(a.dtype):
+    top = a.amax((0, 2))
+    if not whole or a.device.type == "cpu":
+        if float((top - shift).amax()) <= _SLACK:
+            return shift
+        single = a.shape[0] * a.shape[2] == 1
+        if not whole and not single and _gap(a, top, shift, masked) > headroom(a.dtype):
             return None
-        stays = highest <= _SLACK
-    return shift if stays else torch.maximum(shift, top)
+    return torch.maximum(shift, top)
+
+
+def _gap(a: Tensor, top: Tensor, shift: Tensor, masked: bool) -> float:
+    """How far a block's shift may lie above what one of its queries sees, in powers of 2.
+
+    A query sees what came before the block, or else the block's first key at least. If that may
+    be masked the smallest key stands for it.
+    """
+    if masked:
+        smallest = a.masked_fill(a == -math.inf, math.inf).amin((0, 2))
+        seen = torch.where(shift > lowest(a.dtype), shift, smallest)
+    else:
+        seen = torch.maximum(shift, a[0, :, 0])
+    return float((torch.maximum(shift, top) - torch.maximum(shift, seen)).amax())
 
 
 def query_factors(b: Tensor) -> tuple[Tensor, Tensor]:
@@ -68,15 +74,21 @@ def query_factors(b: Tensor) -> tuple[Tensor, Tensor]:
     return b.sub_(offset).exp2_(), offset
 
 
-def factors_of(denominator: Tensor, offset: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
-    """Reciprocal of a denominator, 0 for 0, and what the backward pass needs of it.
+def factor_of(denominator: Tensor, eps: float, positive: bool) -> Tensor:
+    """Reciprocal of a denominator after ``eps`` is added to it in place, and 0 for 0.
 
-    The latter is log2 of the true denominator for exponential features (infinity where no key
-    was seen) and the reciprocal otherwise. ``eps`` is added to the denominator of features that
-    are not exponentials. All are (T, G, C, 1); the denominator is overwritten.
+    ``positive`` says that it is known to be larger than 0 with ``eps``.
     """
-    if offset is None:
+    if eps:
         denominator += eps
-    denominator.masked_fill_(denominator == 0, math.inf)
-    reciprocal = denominator.reciprocal()
-    return reciprocal, reciprocal if offset is None else denominator.log2_().add_(offset)
+    if not positive:
+        denominator.masked_fill_(denominator == 0, math.inf)
+    return denominator.reciprocal()
+
+
+def norm_of(denominator: Tensor, factor: Tensor, offset: Tensor | None) -> Tensor:
+    """What the backward pass needs of a denominator, which may be overwritten.
+
+    For exponential features, log2 of the true denominator (infinity where no key was seen).
+    """
+    return factor if offset is None else denominator.log2_().add_(offset)

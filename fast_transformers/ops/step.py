@@ -101,12 +101,12 @@ def look_up(
     """
     n, h, f, m = state.kv.shape
     dtype, g = state.kv.dtype, n * h
-    shift = None if state.shift is None else state.shift.view(g, f)
+    shift = None if state.shift is None else state.shift.view(g, 1, f)
     if kind is None:
         p = _own(features, q, dtype, False)
         check_widths(p.shape[-1], f)
         p = p.reshape(g, -1, f)
-        p = p if shift is None else p + shift[:, None]
+        p = p if shift is None else p + shift
     else:
         p = kind.queries(_cast(q, dtype).reshape(g, -1, q.shape[-1]), shift)
         check_widths(p.shape[-1], f)

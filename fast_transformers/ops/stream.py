@@ -110,7 +110,7 @@ def _refuse_hidden(features: Features, x: Tensor) -> None:
 
 def _given(features: Features) -> Features:
     kind = "logarithm" if features.exponential else "identity"
-    return Features(exponential=features.exponential, any_layout=True, formula=Formula(kind))
+    return Features(exponential=features.exponential, any_heads=True, formula=Formula(kind))
 
 
 def _settings(features: Features, tensors: tuple[Tensor | None, ...], **options: Any) -> Settings:

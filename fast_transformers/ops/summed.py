@@ -22,13 +22,12 @@ from .layout import (
     MIN_CHUNK,
     Block,
     blocks,
-    natural,
-    pack,
+    group,
     scale_into,
     tiles,
-    unpack_into,
+    write_into,
 )
-from .scaling import factors_of, query_factors
+from .scaling import factor_of, norm_of, query_factors
 from .sums import Sums, Triple, empty_sums
 from .threads import paced
 
@@ -38,7 +37,7 @@ Gradients = list[Tensor | None]
 def _chunks(length: int, call: Call, sums: Sums, what: str) -> Iterator[Block]:
     """The size of a chunk changes no cost here, as long as its features stay in a cache."""
     chunk = call.chunk or max(MIN_CHUNK, BLOCK_FEATURES // max(sums.z.shape[-1], 1))
-    return paced(blocks(0, length, chunk, chunk), sums.kv, what, *sums.kv.shape, chunk)
+    return paced(blocks(0, length, chunk, chunk), sums.s, what, *sums.s.shape, chunk)
 
 
 def allocate_state(call: Call, k: Tensor, v: Tensor) -> Triple:
@@ -62,7 +61,7 @@ def accumulate(
         for block in _chunks(length, call, sums, "accumulate"):
             kappa = sums.enter(keys(k_tile, block))
             assert kappa is not None
-            sums.absorb(kappa, keys.rows(v_tile, block))
+            sums.absorb(kappa, keys.values(v_tile, block))
         sums.write(final, tile)
     return final
 
@@ -87,15 +86,14 @@ def accumulate_backward(
         for block in _chunks(length, call, final, "accumulate backward"):
             a, back = keys.differentiated(k_tile, block, d_parameters)
             kappa = a if final.shift is None else a.sub_(final.shift[:, None]).exp2_()
-            values = keys.rows(v_tile, block)[0]
-            da = torch.baddbmm(final.z[:, None], values, final.kv.mT)[None]
-            if final.shift is not None:
+            values = keys.values(v_tile, block)[0]
+            da = torch.baddbmm(final.z[:, None], values, final.s)[None]
+            if final.shift is None:
+                keys.hide(da, block)
+            else:
                 da.mul_(kappa)
-            drop = keys.dropped(block, heads=k_tile.shape[2])
-            if drop is not None:
-                da.masked_fill_(drop, 0.0)
             back(da, dk_tile)
-            unpack_into(dv_tile, block, torch.bmm(kappa[0], final.kv)[None])
+            write_into(dv_tile, block, torch.bmm(kappa[0], final.s.mT)[None])
     return dk, dv
 
 
@@ -108,7 +106,7 @@ def attend(call: Call, q: Tensor, state: Triple) -> tuple[Tensor, Tensor]:
     heads, m = state[0].shape[1], state[0].shape[-1]
     groups = q_heads // max(heads, 1)
     out = q.new_empty(n, length, q_heads, m, dtype=call.dtype)
-    norm = q.new_empty(n, length, q_heads, 1, dtype=call.dtype)
+    norm = q.new_empty(n, length if call.settings.keep else 0, q_heads, 1, dtype=call.dtype)
     for tile in tiles(n, heads, length, call.whole):
         q_tile, out_tile, norm_tile = (tile.of(x, groups) for x in (q, out, norm))
         queries = call.encoder(groups=groups)
@@ -119,9 +117,10 @@ def attend(call: Call, q: Tensor, state: Triple) -> tuple[Tensor, Tensor]:
             if sums.shift is not None:
                 p, offset = query_factors(p)
             denominator = (p * sums.z[:, None]).sum(-1, keepdim=True)
-            factor, for_backward = factors_of(denominator, offset, call.settings.eps)
-            scale_into(out_tile, block, torch.bmm(p[0], sums.kv)[None], factor, groups)
-            unpack_into(norm_tile, block, for_backward, groups)
+            factor = factor_of(denominator, *call.lift(seen=False))
+            scale_into(out_tile, block, torch.bmm(p[0], sums.s.mT)[None], factor, groups)
+            if call.settings.keep:
+                write_into(norm_tile, block, norm_of(denominator, factor, offset), groups)
     return out, norm
 
 
@@ -147,10 +146,10 @@ def attend_backward(
         o_tile, do_tile = tile.of(out, groups), tile.of(d_out, groups)
         for block in _chunks(length, call, sums, "attend backward"):
             b, back = queries.differentiated(q_tile, block, d_parameters, sums.shift)
-            do = pack(do_tile, block, call.dtype, groups)
-            factor = pack(norm_tile, block, call.dtype, groups)
+            do = group(block.of(do_tile).to(call.dtype), block, groups)
+            factor = group(block.of(norm_tile), block, groups)
             delta = row_dots(o_tile, do_tile, block, groups)
-            db = torch.bmm(do[0], sums.kv.mT)[None]
+            db = torch.bmm(do[0], sums.s)[None]
             db.addcmul_(delta, sums.z[:, None], value=-1)
             if sums.shift is None:
                 p = b * factor
@@ -167,7 +166,4 @@ def attend_backward(
 
 def row_dots(x: Tensor, y: Tensor, block: Block, groups: int) -> Tensor:
     """x.y over the last dimension for a block of rows, packed as (T, G, R*C, 1)."""
-    products = natural(x[:, block.at], block, groups) * natural(y[:, block.at], block, groups)
-    dots = products.sum(-1)
-    t, n, h, r, c = dots.shape
-    return dots.reshape(t, n * h, r * c, 1)
+    return group((block.of(x) * block.of(y)).sum(-1, keepdim=True), block, groups)

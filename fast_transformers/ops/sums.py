@@ -20,48 +20,61 @@ def empty_sums(v: Tensor, features: int, exponential: bool, dtype: torch.dtype) 
 
 
 class Sums:
-    """(G, F, M) and (G, F), relative to 2^shift (G, F) for exponential features.
+    """S^T (G, M, F) and z (G, F), relative to 2^shift (G, F) for exponential features.
 
-    No tensor is changed in place, so the three references are a snapshot.
+    S is kept transposed, which its products are faster with, and is changed in place; the other
+    two are replaced.
     """
 
-    def __init__(self, kv: Tensor, z: Tensor, shift: Tensor | None) -> None:
-        self.kv, self.z, self.shift = kv, z, shift
+    def __init__(self, s: Tensor, z: Tensor, shift: Tensor | None) -> None:
+        self.s, self.z, self.shift = s, z, shift
 
     @classmethod
     def of_tile(cls, state: Triple, tile: Tile) -> Sums:
+        """A copy of a state's part."""
         kv, z, shift = (
             None if x is None else x.detach()[tile.rows, tile.heads].flatten(0, 1) for x in state
         )
-        return cls(kv, z, shift)  # pyright: ignore[reportArgumentType]
+        assert kv is not None and z is not None
+        return cls(kv.mT.clone(memory_format=torch.contiguous_format), z, shift)
 
     def write(self, state: Triple, tile: Tile) -> None:
-        for mine, whole in zip((self.kv, self.z, self.shift), state, strict=True):
+        for mine, whole in zip((self.s.mT, self.z, self.shift), state, strict=True):
             if mine is not None and whole is not None:
                 part = whole[tile.rows, tile.heads]
                 part.copy_(mine.view(part.shape))
 
     def snapshot(self) -> Sums:
-        return Sums(self.kv, self.z, self.shift)
+        return Sums(self.s.clone(), self.z, self.shift)
 
-    def enter(self, a: Tensor, drop: Tensor | None = None, whole: bool = True) -> Tensor | None:
+    def enter(self, a: Tensor, masked: bool = False, whole: bool = True) -> Tensor | None:
         """Factors of the keys of a block relative to a shift that includes them.
 
         None, and nothing is changed, if the block must be split: see :func:`.scaling.reference`.
         """
         if self.shift is None:
             return a
-        shift = reference(a, self.shift, drop, whole)
+        shift = reference(a, self.shift, masked, whole)
         if shift is None:
             return None
         if shift is not self.shift:
-            factor = (self.shift - shift).exp2_()
-            self.kv, self.z, self.shift = self.kv * factor[..., None], self.z * factor, shift
+            self._scale((self.shift - shift).exp2_())
+            self.shift = shift
         return a.sub_(shift[:, None]).exp2_()
+
+    def lower(self, shift: Tensor) -> None:
+        """Sums of the future, R 2^shift, follow the shift on its way back to earlier keys."""
+        if self.shift is not None and shift is not self.shift:
+            self._scale((shift - self.shift).exp2_())
+            self.shift = shift
+
+    def _scale(self, factor: Tensor) -> None:
+        self.s.mul_(factor[:, None])
+        self.z = self.z * factor
 
     def add(self, kappa: Tensor, v: Tensor) -> None:
         """Add the keys and values of one chunk to S; z is for :meth:`z_before` to follow."""
-        self.kv = torch.baddbmm(self.kv, kappa.mT, v)
+        self.s.baddbmm_(v.mT, kappa)
 
     def z_before(self, kappa: Tensor) -> Tensor:
         """z before each chunk of a block, (T, G, F); afterwards z includes the block."""
@@ -73,13 +86,6 @@ class Sums:
         before = torch.cat([self.z[None], after[:-1]])
         self.z = after[-1]
         return before
-
-    def lower(self, shift: Tensor) -> None:
-        """Sums of the future, R 2^shift, follow the shift on its way back to earlier keys."""
-        if self.shift is None or shift is self.shift:
-            return
-        factor = (shift - self.shift).exp2_()
-        self.kv, self.z, self.shift = self.kv * factor[..., None], self.z * factor, shift
 
     def z_after(self, terms: Tensor) -> Tensor:
         """z after each chunk of a block that is swept in reverse; then z includes the block.
