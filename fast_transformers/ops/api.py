@@ -190,7 +190,7 @@ def linear_attention_step(
             kind = kind_of(features, dtype, q, k, v, *sums)
             state = absorb(k, v, features, kind, state=state, dtype=dtype, inplace=inplace)
         values = look_up(q, state, features, kind, eps=eps, seen=k is not None)
-        return Attended(values.to(q.dtype), state)
+        return Attended(values if values.dtype == q.dtype else values.to(q.dtype), state)
 
 
 def _packed(

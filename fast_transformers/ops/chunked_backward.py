@@ -143,7 +143,7 @@ class _Sweep:
             p = b.sub_(norm).exp2_()
             future.lower(shift)
         r = future.z_after(p * delta)
-        db, da, dv = torch.empty_like(b), torch.empty_like(kappa), v.new_empty(v.shape)
+        db, da, dv = b.new_empty(b.shape), v.new_empty(kappa.shape), v.new_empty(v.shape)
         for i in reversed(range(block.t)):
             p_i, kappa_i, v_i, do_i = p[i], kappa[i], v[i], do[i]
             pairs = tril(torch.bmm(do_i, v_i.mT).sub_(delta[i]))

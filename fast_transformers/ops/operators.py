@@ -208,7 +208,7 @@ def accumulate_backward(
 
 def _attend_shapes(settings: Settings, projection: Any, q: Tensor, kv: Tensor, *_: Any) -> Results:
     rows = q.new_empty(*q.shape[:3], kv.shape[-1], dtype=kv.dtype)
-    n, length, heads, _ = q.shape
+    n, length, heads = q.shape[:3]
     return rows, rows.new_empty(n, length if settings.keep else 0, heads, 1)
 
 

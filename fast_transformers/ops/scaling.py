@@ -18,7 +18,7 @@ import math
 import torch
 from torch import Tensor
 
-_SLACK = 10.0  # powers of 2 by which keys may exceed the shift
+SLACK = 10.0  # powers of 2 by which keys may exceed the shift
 
 
 def lowest(dtype: torch.dtype) -> float:
@@ -46,7 +46,7 @@ def reference(a: Tensor, shift: Tensor, masked: bool, whole: bool) -> Tensor | N
     """
     top = a.amax((0, 2))
     if not whole or a.device.type == "cpu":
-        if float((top - shift).amax()) <= _SLACK:
+        if float((top - shift).amax()) <= SLACK:
             return shift
         single = a.shape[0] * a.shape[2] == 1
         if not whole and not single and _gap(a, top, shift, masked) > headroom(a.dtype):

@@ -13,12 +13,10 @@ from torch import Tensor
 
 from .checks import check_state_width, check_widths
 from .choose import exporting
-from .features import Features, transformed
+from .features import Features, transformed, transforming
 from .kinds import KINDS, LOG2E, Kind
-from .scaling import lowest
+from .scaling import SLACK, lowest
 from .state import LinearState
-
-_SLACK = 10.0  # powers of 2 by which keys may exceed the shift before the sums are rescaled
 
 
 def kind_of(features: Features, dtype: torch.dtype, *inputs: Tensor | None) -> Kind | None:
@@ -27,7 +25,7 @@ def kind_of(features: Features, dtype: torch.dtype, *inputs: Tensor | None) -> K
         return None
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs):
         return None
-    if any(map(transformed, inputs)):
+    if transforming() and any(map(transformed, inputs)):
         return None
     return KINDS[features.formula.kind](features.formula, dtype)
 
@@ -81,7 +79,7 @@ def _reference(a: Tensor, shift: Tensor, eager: bool) -> Tensor:
     """A shift that includes a key; on a CPU the old one, while the key exceeds it by little."""
     a = a.detach()
     if eager and a.device.type == "cpu" and not torch.compiler.is_compiling():
-        if bool((a - shift).amax() <= _SLACK):
+        if float((a - shift).amax()) <= SLACK:
             return shift
     return torch.maximum(shift, a)
 

@@ -35,7 +35,8 @@ class Sums:
         kv, z, shift = (
             None if x is None else x.detach()[tile.rows, tile.heads].flatten(0, 1) for x in state
         )
-        assert kv is not None and z is not None
+        assert kv is not None
+        assert z is not None
         return cls(kv.mT.clone(memory_format=torch.contiguous_format), z, shift)
 
     def write(self, state: Triple, tile: Tile) -> None:
