@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import shutil
 from collections.abc import Callable
 from typing import Any
 
@@ -22,8 +23,12 @@ from fast_transformers.masking import LengthMask, TriangularCausalMask
 from tests.maps import ALL
 
 MAPS = {**ALL, "relu": ActivationFunctionFeatureMap.factory(torch.relu)}
-# dynamo itself makes an instance of an autograd function
-pytestmark = pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+# dynamo itself makes an instance of an autograd function, and inductor uses torch.jit
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.*should not be instantiated:DeprecationWarning",
+    "ignore:.*script_method:DeprecationWarning",
+)
+NEEDS_A_COMPILER = pytest.mark.skipif(not shutil.which("g++"), reason="inductor needs g++")
 SIZES: dict[str, Any] = {
     "n_layers": 1,
     "n_heads": 2,
@@ -39,9 +44,11 @@ def _fresh() -> None:
     torch._dynamo.reset()
 
 
-def compiled(function: Callable[..., Any]) -> tuple[Callable[..., Any], Any]:
+def compiled(
+    function: Callable[..., Any], backend: str = "aot_eager"
+) -> tuple[Callable[..., Any], Any]:
     """The function in one graph, and a counter of the graphs made."""
-    counter = CompileCounterWithBackend("aot_eager")
+    counter = CompileCounterWithBackend(backend)
     return torch.compile(function, fullgraph=True, backend=counter), counter
 
 
@@ -81,13 +88,20 @@ def test_training_step(attention: str, name: str, padded: bool) -> None:
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("name", ["elu", "favor", "asymmetric"])
-def test_encoder_without_gradients(name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "backend"),
+    [
+        ("elu", "aot_eager"),
+        ("asymmetric", "aot_eager"),
+        pytest.param("favor", "inductor", marks=NEEDS_A_COMPILER),
+    ],
+)
+def test_encoder_without_gradients(name: str, backend: str) -> None:
     model = TransformerEncoderBuilder.from_kwargs(
         **SIZES, attention_type="causal-linear", feature_map=MAPS[name]
     ).get()
     model.eval()
-    in_one_graph, counter = compiled(lambda x: model(x, TriangularCausalMask(x.shape[1])))
+    in_one_graph, counter = compiled(lambda x: model(x, TriangularCausalMask(x.shape[1])), backend)
     with torch.no_grad():
         for length in (37, 300, 129, 2):
             x = torch.randn(2, length, 16)

@@ -24,8 +24,12 @@ def causal_chunk(length: int) -> int:
 
 
 def exporting() -> bool:
-    """Whether torch.export or torch.onnx.export is writing the program down."""
-    return getattr(torch.compiler, "is_exporting", bool)()  # torch 2.6 cannot tell
+    """Whether torch.export or torch.onnx.export is writing the program down.
+
+    The flag itself is read, since ``torch.compiler.is_exporting`` is true under torch.compile
+    before torch 2.12. Torch 2.6 has no flag, and writes our operators into the program.
+    """
+    return getattr(torch.compiler, "_is_exporting_flag", False)
 
 
 def why_not(impl: str, *, causal: bool, length: int, keys: int) -> str | None:
