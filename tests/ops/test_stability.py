@@ -56,6 +56,18 @@ def test_keys_of_very_different_norms(order: str) -> None:
             assert_as_accurate(a, p, e, log_size=logs)
 
 
+def test_masked_key_before_a_dwarfing_one() -> None:
+    """Queries before the greater key see the earlier sequence only, and see it in full."""
+    features = ops.Features(exponential=True)  # q and k are logarithms
+    q, k, v = make_qkv(6, N=1, H=2, E=8, M=8)
+    _, past = ops.causal_linear_attention(q, k, v, features)
+    k = k.clone()
+    k[:, 1:] += 300.0
+    keep = torch.tensor([[False, True, True, True, True, True]])
+    run = partial(ops.causal_linear_attention, q, k, v, features, key_mask=keep, state=past)
+    torch.testing.assert_close(run().values, run(impl="reference").values)
+
+
 @pytest.mark.parametrize("impl", ["chunked", "reference", "recurrent"])
 @pytest.mark.parametrize("kind", FUNCTIONS)
 def test_no_key_gives_zero(kind, impl) -> None:
