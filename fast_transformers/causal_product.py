@@ -34,7 +34,7 @@ def causal_dot_product(Q: Tensor, K: Tensor, V: Tensor) -> Tensor:
             f"Q and K must have one length, got {q.shape[1]} and {k.shape[1]}; cut or pad them"
         )
     with without_autocast(Q):
-        out, _ = stream.causal(
+        out, _ = stream.prefix_attention(
             q, k, v, IDENTITY, key_mask=None, state=None, eps=0.0, chunk_size=64, normalised=False
         )
     return out.to(v.dtype).transpose(1, 2)

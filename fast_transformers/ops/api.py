@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from . import checks, exported, packed, reference, stream
@@ -15,7 +14,8 @@ from .state import Attended, LinearState, as_state
 from .step import absorb, kind_of, look_up
 
 State = LinearState | Sequence[Tensor] | None
-_WHOLE = {
+_FORMS: dict[str, Callable[..., tuple[Tensor, LinearState]]] = {
+    "chunked": stream.attention,
     "reference": reference.quadratic,
     "recurrent": reference.recurrent,
     "exported": exported.attention,
@@ -69,25 +69,9 @@ def linear_attention(
         ValueError: for shapes that do not fit, or an ``impl`` that cannot serve the call.
     """
     options = {"features": features, "eps": eps, "impl": impl, "chunk_size": chunk_size}
-    if isinstance(q, Tensor) and q.is_nested:
-        return packed.nested(linear_attention, q, k, v, state=state, **options)
-    if cu_seqlens is not None:
-        return _packed(
-            linear_attention, q, k, v, cu_seqlens, cu_seqlens_keys, key_mask, state, options
-        )
-    with without_autocast(q):
-        features, state = _checked(q, k, v, features, key_mask, state, chunk_size)
-        impl = resolve(impl, causal=False, length=q.shape[1], keys=k.shape[1])
-        if impl == "chunked":
-            state = stream.accumulate(
-                k, v, features, key_mask=key_mask, state=state, chunk_size=chunk_size
-            )
-            values = stream.attend(q, state, features, eps=eps, chunk_size=chunk_size)
-        else:
-            values, state = _WHOLE[impl](
-                q, k, v, features, causal=False, key_mask=key_mask, state=state, eps=eps
-            )
-        return Attended(values.to(v.dtype), state)
+    options |= {"key_mask": key_mask, "state": state}
+    sequences = (cu_seqlens, cu_seqlens_keys)
+    return _attention(linear_attention, q, k, v, sequences, options, causal=False)
 
 
 def causal_linear_attention(
@@ -115,30 +99,9 @@ def causal_linear_attention(
     Arguments, results and errors are those of :func:`linear_attention`.
     """
     options = {"features": features, "eps": eps, "impl": impl, "chunk_size": chunk_size}
-    if isinstance(q, Tensor) and q.is_nested:
-        return packed.nested(causal_linear_attention, q, k, v, state=state, **options)
-    if cu_seqlens is not None:
-        return _packed(
-            causal_linear_attention, q, k, v, cu_seqlens, cu_seqlens_keys, key_mask, state, options
-        )
-    with without_autocast(q):
-        features, state = _checked(q, k, v, features, key_mask, state, chunk_size)
-        impl = resolve(impl, causal=True, length=q.shape[1], keys=k.shape[1])
-        if impl != "chunked":
-            values, state = _WHOLE[impl](
-                q, k, v, features, causal=True, key_mask=key_mask, state=state, eps=eps
-            )
-            return Attended(values.to(v.dtype), state)
-        both = min(q.shape[1], k.shape[1])
-        values, state = stream.causal(
-            q[:, :both], k[:, :both], v[:, :both], features,
-            key_mask=None if key_mask is None else key_mask[:, :both],
-            state=state, eps=eps, chunk_size=chunk_size,
-        )  # fmt: skip
-        if both < q.shape[1]:
-            rest = stream.attend(q[:, both:], state, features, eps=eps, chunk_size=chunk_size)
-            values = torch.cat([values, rest], 1)
-        return Attended(values.to(v.dtype), state)
+    options |= {"key_mask": key_mask, "state": state}
+    sequences = (cu_seqlens, cu_seqlens_keys)
+    return _attention(causal_linear_attention, q, k, v, sequences, options, causal=True)
 
 
 def linear_attention_step(
@@ -193,43 +156,39 @@ def linear_attention_step(
         return Attended(values if values.dtype == q.dtype else values.to(q.dtype), state)
 
 
-def _packed(
+def _attention(
     function: Callable[..., Attended],
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    cu_seqlens: Tensor,
-    cu_seqlens_keys: Tensor | None,
-    key_mask: Tensor | None,
-    state: State,
+    sequences: tuple[Tensor | None, Tensor | None],
     options: dict[str, Any],
+    *,
+    causal: bool,
 ) -> Attended:
+    """Turn packed sequences into calls of ``function`` with a padded batch; answer the others."""
+    if isinstance(q, Tensor) and q.is_nested:
+        return packed.nested(function, q, k, v, **options)
     checks.check_inputs(q, k, v)
-    checks.check_key_mask(key_mask, k)
-    features = options["features"] or IDENTITY
-    state = as_state(state, features.exponential)
-    return packed.packed(
-        function, q, k, v, cu_seqlens=cu_seqlens, cu_seqlens_keys=cu_seqlens_keys,
-        key_mask=key_mask, state=state, **options,
-    )  # fmt: skip
-
-
-def _checked(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    features: Features | None,
-    key_mask: Tensor | None,
-    state: State,
-    chunk_size: int | None,
-) -> tuple[Features, LinearState | None]:
-    checks.check_inputs(q, k, v)
-    checks.check_key_mask(key_mask, k)
-    if chunk_size is not None and chunk_size < 1:
-        raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
-    features = IDENTITY if features is None else features
-    checks.check_projection(features, q)
-    checks.check_projection(features, k)
-    state = as_state(state, features.exponential)
-    checks.check_state(state, v, sum_dtype(q, k, v), features.exponential)
-    return features, state
+    checks.check_key_mask(options["key_mask"], k)
+    if options["features"] is None:
+        options["features"] = IDENTITY
+    exponential = options["features"].exponential
+    state = options["state"] = as_state(options["state"], exponential)
+    cu_seqlens, cu_seqlens_keys = sequences
+    if cu_seqlens is not None:
+        return packed.packed(
+            function, q, k, v, cu_seqlens=cu_seqlens, cu_seqlens_keys=cu_seqlens_keys, **options
+        )
+    with without_autocast(q):
+        for x in (q, k):
+            checks.check_projection(options["features"], x)
+        checks.check_state(state, v, sum_dtype(q, k, v), exponential)
+        impl = resolve(options.pop("impl"), causal=causal, length=q.shape[1], keys=k.shape[1])
+        chunk_size = options.pop("chunk_size")
+        if chunk_size is not None and chunk_size < 1:
+            raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
+        if impl == "chunked":
+            options["chunk_size"] = chunk_size
+        values, state = _FORMS[impl](q, k, v, causal=causal, **options)
+        return Attended(values.to(v.dtype), state)

@@ -115,9 +115,7 @@ class Encoder:
 
     def _given(self, x: Tensor, block: Block) -> Tensor:
         """What the user's function is called with."""
-        weights = self._features.dtype
-        given = block.of(x).detach()
-        given = given.to(torch.promote_types(x.dtype, weights) if weights else self._dtype)
+        given = self._features.cast(block.of(x).detach(), self._dtype)
         return given if self._drop is None else given.masked_fill(block.of(self._drop), 0.0)
 
     def _evaluate(self, kind: Kind, rows: Tensor, shift: Tensor | None) -> Tensor:

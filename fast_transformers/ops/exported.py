@@ -166,8 +166,7 @@ def _encode(
     function: Callable[[Tensor], Tensor], x: Tensor, features: Features, dtype: torch.dtype
 ) -> Tensor:
     """(N, length, H, E) to (N, length, H, F); base-2 logarithms of exponential features."""
-    x = x.to(torch.promote_types(x.dtype, features.dtype) if features.dtype else dtype)
-    phi = function(x).to(dtype)
+    phi = function(features.cast(x, dtype)).to(dtype)
     return phi * LOG2E if features.exponential else phi
 
 

@@ -42,6 +42,10 @@ class Features(NamedTuple):
     any_heads: bool = False
     formula: Formula | None = None
 
+    def cast(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """x as the two functions are given it, for sums in ``dtype``."""
+        return x.to(torch.promote_types(x.dtype, self.dtype) if self.dtype else dtype)
+
 
 IDENTITY = Features(any_heads=True, formula=Formula("identity"))
 

@@ -75,8 +75,7 @@ def quadratic(
 def _encode(
     function: Callable[[Tensor], Tensor], x: Tensor, features: Features, dtype: torch.dtype
 ) -> Tensor:
-    x = x.to(torch.promote_types(x.dtype, features.dtype) if features.dtype else dtype)
-    return function(x).transpose(1, 2).to(dtype)
+    return function(features.cast(x, dtype)).transpose(1, 2).to(dtype)
 
 
 def _repeat(x: Tensor, groups: int) -> Tensor:

@@ -124,8 +124,7 @@ def look_up(
 def _own(features: Features, x: Tensor, dtype: torch.dtype, of_keys: bool) -> Tensor:
     """A user's function of one token, (N, H, E) to (N, H, F); log2 for exponential features."""
     function = features.keys if of_keys else features.queries
-    x = x.to(torch.promote_types(x.dtype, features.dtype) if features.dtype else dtype)
-    phi = function(x[:, None])[:, 0].to(dtype)
+    phi = function(features.cast(x, dtype)[:, None])[:, 0].to(dtype)
     return phi * LOG2E if features.exponential else phi
 
 

@@ -16,7 +16,35 @@ from .kinds import Formula
 from .state import LinearState
 
 
-def causal(
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    features: Features,
+    *,
+    causal: bool,
+    key_mask: Tensor | None,
+    state: LinearState | None,
+    eps: float,
+    chunk_size: int | None,
+) -> tuple[Tensor, LinearState]:
+    """Values (N, L, H*R, M) in the dtype of the sums; arguments are those of :mod:`.api`."""
+    if not causal:
+        final = accumulate(k, v, features, key_mask=key_mask, state=state, chunk_size=chunk_size)
+        return attend(q, final, features, eps=eps, chunk_size=chunk_size), final
+    both = min(q.shape[1], k.shape[1])
+    mask = None if key_mask is None else key_mask[:, :both]
+    values, final = prefix_attention(
+        q[:, :both], k[:, :both], v[:, :both], features,
+        key_mask=mask, state=state, eps=eps, chunk_size=chunk_size,
+    )  # fmt: skip
+    if both < q.shape[1]:
+        rest = attend(q[:, both:], final, features, eps=eps, chunk_size=chunk_size)
+        values = torch.cat([values, rest], 1)
+    return values, final
+
+
+def prefix_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
