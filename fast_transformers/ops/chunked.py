@@ -19,11 +19,11 @@ import torch
 from torch import Tensor
 
 from .call import Call
-from .checks import check_state_width, check_widths
+from .checks import check_widths
 from .encode import Encoder, width
 from .layout import BLOCK, BLOCK_FEATURES, Block, Tile, blocks, scale_into, tiles, write_into
 from .scaling import factor_of, norm_of, query_factors
-from .sums import Sums, Triple, empty_sums
+from .sums import Sums, Triple, empty_sums, start_from
 from .threads import paced, popped
 
 
@@ -58,12 +58,12 @@ class Kept(NamedTuple):
     Attributes:
         norm: (N, L, H*R, 1) reciprocals or log2 of the denominators.
         cuts: (N, H, L) bool, whether a block begins at a token; for exponential features only.
-        s, z, shift: the sums before the tokens 0, K, 2 K, ...: (L/K, N, H, ...), S transposed.
+        kv, z, shift: the sums before the tokens 0, K, 2 K, ...: (L/K, N, H, ...).
     """
 
     norm: Tensor
     cuts: Tensor
-    s: Tensor
+    kv: Tensor
     z: Tensor
     shift: Tensor
 
@@ -77,24 +77,24 @@ class Kept(NamedTuple):
         return cls(
             new(n, normalised, h * inputs.groups, 1, dtype=call.dtype),
             inputs.q.new_zeros(n, h, length if exponential else 0, dtype=torch.bool),
-            new(states, n, h, m, features, dtype=call.dtype),
+            new(states, n, h, features, m, dtype=call.dtype),
             new(states, n, h, features, dtype=call.dtype),
             new(states, n, h, features if exponential else 0, dtype=call.dtype),
         )
 
     def tile(self, tile: Tile, groups: int) -> Kept:
-        states = (x[:, tile.rows, tile.heads] for x in (self.s, self.z, self.shift))
+        states = (x[:, tile.rows, tile.heads] for x in (self.kv, self.z, self.shift))
         return Kept(tile.of(self.norm, groups), self.cuts[tile.rows, tile.heads], *states)
 
     def write(self, i: int, sums: Sums) -> None:
-        self.s[i] = sums.s.view_as(self.s[i])
+        self.kv[i] = sums.kv.view_as(self.kv[i])
         self.z[i] = sums.z.view_as(self.z[i])
         if sums.shift is not None:
             self.shift[i] = sums.shift.view_as(self.shift[i])
 
     def read(self, i: int, exponential: bool) -> Sums:
         shift = self.shift[i].flatten(0, 1) if exponential else None
-        return Sums(self.s[i].flatten(0, 1), self.z[i].flatten(0, 1), shift)
+        return Sums(self.kv[i].flatten(0, 1), self.z[i].flatten(0, 1), shift)
 
 
 def spacing(call: Call, inputs: Inputs, features: int) -> int:
@@ -129,12 +129,11 @@ def allocate(call: Call, inputs: Inputs) -> tuple[Tensor, Triple, Kept]:
 def forward(call: Call, inputs: Inputs, state: Triple | None) -> tuple[Tensor, Triple, Kept]:
     """Values (N, L, H*R, M), the final sums (N, H, ...), and what the backward pass needs."""
     out, final, kept = allocate(call, inputs)
-    if state is not None:
-        check_state_width(state[1].shape[-1], final[1].shape[-1])
+    start_from(state, final)
     n, length, heads, _ = inputs.k.shape
     for tile in tiles(n, heads, length, call.whole):
         mine = inputs.tile(tile)
-        sums = Sums.of_tile(state or final, tile)
+        sums = Sums.of_tile(final, tile)
         groups = inputs.groups
         _forward_tile(call, mine, sums, tile.of(out, groups), kept.tile(tile, groups))
         sums.write(final, tile)
@@ -148,7 +147,7 @@ def _forward_tile(call: Call, inputs: Inputs, sums: Sums, out: Tensor, kept: Kep
         if call.settings.keep:
             kept.write(i, sums)
         waiting = cut(interval, call.chunk, features)[::-1]
-        for block in paced(popped(waiting), out, "causal", *sums.s.shape, call.chunk):
+        for block in paced(popped(waiting), out, "causal", *sums.kv.shape, call.chunk):
             if not _forward_block(call, inputs, encoders, block, sums, out, kept):
                 waiting += block.halves()[::-1]
 
@@ -176,7 +175,7 @@ def _forward_block(
     weights = v.new_empty(*p.shape[:-1], v.shape[-2])
     for p_i, kappa_i, v_i, values_i, weights_i in zip(p, kappa, v, values, weights, strict=True):
         torch.bmm(p_i, kappa_i.mT, out=weights_i)
-        torch.bmm(p_i, sums.s.mT, out=values_i).baddbmm_(tril(weights_i), v_i)
+        torch.bmm(p_i, sums.kv, out=values_i).baddbmm_(tril(weights_i), v_i)
         sums.add(kappa_i, v_i)
     denominator += weights.sum(-1, keepdim=True)
     if call.settings.normalised:

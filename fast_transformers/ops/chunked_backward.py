@@ -44,7 +44,7 @@ def backward(
     """Gradients of q, k, v and of the initial kv and z; those of the map's parameters are added
     to the list."""
     n, length, heads, m = inputs.v.shape
-    features, groups = kept.s.shape[-1], inputs.groups
+    features, groups = kept.kv.shape[-2], inputs.groups
     dq, dk, dv = (torch.empty_like(x) for x in (inputs.q, inputs.k, inputs.v))
     d_kv = inputs.v.new_zeros(n, heads, features, m, dtype=call.dtype)
     d_z = inputs.v.new_zeros(n, heads, features, dtype=call.dtype)
@@ -67,7 +67,7 @@ class _Past(NamedTuple):
     block: Block
     kappa: Tensor  # (T, G, C, F)
     v: Tensor
-    s: list[Tensor]  # before each chunk, (G, M, F)
+    kv: list[Tensor]  # before each chunk, (G, F, M)
     z: Tensor  # (T, G, F)
     shift: Tensor | None
     pull_back: PullBack  # of the keys
@@ -92,11 +92,11 @@ class _Sweep:
 
     def run(self, future: Sums, gradients: Gradients) -> None:
         """From the last token to the first, with the sums of the future so far."""
-        every = spacing(self._call, self._inputs, self._kept.s.shape[-1])
+        every = spacing(self._call, self._inputs, self._kept.kv.shape[-2])
         exponential = self._call.features.exponential
         for i, interval in reversed([*enumerate(intervals(self._inputs.q.shape[1], every))]):
             sums = self._kept.read(i, exponential)
-            work = *sums.s.shape, self._call.chunk
+            work = *sums.kv.shape, self._call.chunk
             restored = self._restore(sums.snapshot(), interval, work)
             for past in paced(popped(restored), self._out, "causal backward", *work):
                 self._block(past, future, gradients)
@@ -112,17 +112,17 @@ class _Sweep:
             v = self._keys.values(self._inputs.v, block)
             kappa = sums.enter(a)
             assert kappa is not None
-            z, s = sums.z_before(kappa), []
+            z, kv = sums.z_before(kappa), []
             for kappa_i, v_i in zip(kappa, v, strict=True):
-                s.append(sums.s.clone())
+                kv.append(sums.kv.clone())
                 sums.add(kappa_i, v_i)
-            found.append(_Past(block, kappa, v, s, z, sums.shift, back))
+            found.append(_Past(block, kappa, v, kv, z, sums.shift, back))
         return found
 
     def _blocks(self, interval: slice) -> list[Block]:
         """The blocks that the forward pass cut these tokens into."""
         found, chunk = [], self._call.chunk
-        waiting = cut(interval, chunk, self._kept.s.shape[-1])[::-1]
+        waiting = cut(interval, chunk, self._kept.kv.shape[-2])[::-1]
         while waiting:
             block = waiting.pop()
             if self._cuts is not None and any(self._cuts[block.start + 1 : block.at.stop]):
@@ -132,7 +132,7 @@ class _Sweep:
         return found
 
     def _block(self, past: _Past, future: Sums, gradients: Gradients) -> None:
-        block, kappa, v, s, z, shift, keys_back = past
+        block, kappa, v, kv, z, shift, keys_back = past
         call, inputs = self._call, self._inputs
         b, queries_back = self._queries.differentiated(inputs.q, block, self._d_parameters, shift)
         do = group(block.of(self._d_out).to(call.dtype), block, inputs.groups)
@@ -148,15 +148,15 @@ class _Sweep:
             p_i, kappa_i, v_i, do_i = p[i], kappa[i], v[i], do[i]
             pairs = tril(torch.bmm(do_i, v_i.mT).sub_(delta[i]))
             weights = tril(torch.bmm(p_i, kappa_i.mT))
-            torch.bmm(do_i, s[i], out=db[i]).baddbmm_(pairs, kappa_i)
-            torch.bmm(v_i, future.s, out=da[i]).baddbmm_(pairs.mT, p_i)
-            torch.bmm(kappa_i, future.s.mT, out=dv[i]).baddbmm_(weights.mT, do_i)
+            torch.bmm(do_i, kv[i].mT, out=db[i]).baddbmm_(pairs, kappa_i)
+            torch.bmm(v_i, future.kv.mT, out=da[i]).baddbmm_(pairs.mT, p_i)
+            torch.bmm(kappa_i, future.kv, out=dv[i]).baddbmm_(weights.mT, do_i)
             future.add(p_i, do_i)
         db.addcmul_(delta, z[:, :, None], value=-1)
         da.sub_(r[:, :, None])
         if shift is None:
             db.mul_(norm)
-            self._keys.hide(da, block)
+            self._keys.clear(da, block)
         else:
             db.mul_(p)
             da.mul_(kappa)

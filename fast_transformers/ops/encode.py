@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .features import Features
 from .kinds import KINDS, LOG2E, Kind
-from .layout import Block, group, ungroup
+from .layout import Block, group, ungroup, write_into
 
 PullBack = Callable[[Tensor, Tensor], None]  # gradient of the features, gradient of x to fill
 
@@ -55,8 +55,7 @@ class Encoder:
         ``shift`` (N*H, F) is added to the logarithms of exponential features of queries.
         """
         if self._kind is not None:
-            phi = self._evaluate(self._kind, self._rows(x, block), shift)
-            return group(self._hide(phi, block), block, self._groups)
+            return self._hide(self._evaluate(self._kind, self._rows(x, block), shift), block)
         given = self._given(x, block)
         with self._same_again(x, block):
             return self._finish(self._function(given), block, shift)
@@ -75,10 +74,9 @@ class Encoder:
             kind_back = self._kind.keys_back if self._of_keys else self._kind.queries_back
 
             def back(gradient: Tensor, dx: Tensor) -> None:
-                gradient = ungroup(gradient, block, x.shape[0], self._groups)
-                block.of(dx).copy_(kind_back(gradient, phi, rows))
+                write_into(dx, block, kind_back(gradient, phi, rows), self._groups)
 
-            return group(self._hide(phi, block), block, self._groups), back
+            return self._hide(phi, block), back
         inputs = [self._given(x, block).requires_grad_(), *self._features.parameters]
         with torch.enable_grad():
             value = self._function(inputs[0]).to(self._dtype)
@@ -100,18 +98,24 @@ class Encoder:
 
     def values(self, v: Tensor, block: Block) -> Tensor:
         """A block of v (N, length, H, M) as (T, N*H, C, M), with zeros in the masked rows."""
-        return group(self._rows(v, block), block)
+        return self._rows(v, block)
 
-    def hide(self, gradient: Tensor, block: Block) -> None:
+    def clear(self, gradient: Tensor, block: Block) -> None:
         """Clear the masked rows of a gradient (T, N*H, C, F)."""
         if self._drop is not None:
-            heads = gradient.shape[1] // self._drop.shape[0]
-            drop = block.of(self._drop).expand(-1, -1, heads, 1)
-            gradient.masked_fill_(group(drop, block), 0.0)
+            gradient.masked_fill_(self._dropped(gradient, block), 0.0)
 
     def _rows(self, x: Tensor, block: Block) -> Tensor:
         rows = block.of(x).to(self._dtype)
-        return rows if self._drop is None else rows.masked_fill(block.of(self._drop), 0.0)
+        if self._drop is not None:
+            rows = rows.masked_fill(block.of(self._drop), 0.0)
+        return group(rows, block, self._groups)
+
+    def _dropped(self, like: Tensor, block: Block) -> Tensor:
+        """Where rows are masked, (T, N*H, C, 1)."""
+        assert self._drop is not None
+        heads = like.shape[1] // self._drop.shape[0]
+        return group(block.of(self._drop).expand(-1, -1, heads, 1), block)
 
     def _given(self, x: Tensor, block: Block) -> Tensor:
         """What the user's function is called with."""
@@ -121,28 +125,22 @@ class Encoder:
     def _evaluate(self, kind: Kind, rows: Tensor, shift: Tensor | None) -> Tensor:
         if self._of_keys:
             return kind.keys(rows)
-        return kind.queries(rows, None if shift is None else self._spread(shift, rows.shape[0]))
-
-    def _spread(self, shift: Tensor, n: int) -> Tensor:
-        """(N*H, F) for every query head, (N, 1, H*R, F)."""
-        shift = shift.view(n, 1, -1, shift.shape[-1])
-        return shift if self._groups == 1 else shift.repeat_interleave(self._groups, 2)
+        return kind.queries(rows, None if shift is None else shift[:, None])
 
     def _finish(self, phi: Tensor, block: Block, shift: Tensor | None) -> Tensor:
-        phi = phi.to(self._dtype)
+        phi = group(phi.to(self._dtype), block, self._groups)
         if self._features.exponential:
             phi = phi * LOG2E
         if shift is not None:
-            phi = phi.add_(self._spread(shift, phi.shape[0]))
-        return group(self._hide(phi, block), block, self._groups)
+            phi.add_(shift[:, None])
+        return self._hide(phi, block)
 
     def _hide(self, phi: Tensor, block: Block) -> Tensor:
         """A masked key has a feature of 0, whose logarithm is -inf."""
         if self._drop is None:
             return phi
-        return phi.masked_fill(
-            block.of(self._drop), -torch.inf if self._features.exponential else 0.0
-        )
+        nothing = -torch.inf if self._features.exponential else 0.0
+        return phi.masked_fill(self._dropped(phi, block), nothing)
 
     def _same_again(self, x: Tensor, block: Block) -> AbstractContextManager[None]:
         if self._again and not self._features.any_heads and block.start == 0:

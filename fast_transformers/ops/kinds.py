@@ -227,6 +227,12 @@ class Hyperbolic(Projected):
 
 def _product(x: Tensor, weights: Tensor) -> Tensor:
     """One product of matrices, which ``x @ weights`` is not for a slice of a sequence."""
+    if x.ndim == 4 and not x.is_contiguous():  # tokens before heads in memory
+        return _rows_product(x.transpose(1, 2), weights).transpose(1, 2)
+    return _rows_product(x, weights)
+
+
+def _rows_product(x: Tensor, weights: Tensor) -> Tensor:
     return torch.mm(x.flatten(0, -2), weights).view(*x.shape[:-1], -1)
 
 

@@ -107,16 +107,16 @@ def causal(
 
 def _causal_backward_shapes(
     settings: Settings, projection: Tensor | None, mask: Any, q: Tensor, k: Tensor, v: Tensor,
-    shift: Tensor, out: Tensor, norm: Any, cuts: Any, kept_s: Tensor, *_: Any
+    shift: Tensor, out: Tensor, norm: Any, cuts: Any, kept_kv: Tensor, *_: Any
 ) -> Results:  # fmt: skip
-    state = out.new_empty(v.shape[0], v.shape[2], kept_s.shape[-1], v.shape[-1])
+    state = out.new_empty(v.shape[0], v.shape[2], kept_kv.shape[-2], v.shape[-1])
     return *map(torch.empty_like, (q, k, v)), state, state[..., 0].clone()
 
 
 @_operator(
     "causal_backward",
     "Tensor? key_mask, Tensor q, Tensor k, Tensor v, Tensor shift, Tensor out, Tensor norm, "
-    "Tensor cuts, Tensor kept_s, Tensor kept_z, Tensor kept_shift, Tensor d_out, Tensor? d_kv, "
+    "Tensor cuts, Tensor kept_kv, Tensor kept_z, Tensor kept_shift, Tensor d_out, Tensor? d_kv, "
     "Tensor? d_z) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _causal_backward_shapes,
 )
@@ -132,7 +132,7 @@ def causal_backward(
     out: Tensor,
     norm: Tensor,
     cuts: Tensor,
-    kept_s: Tensor,
+    kept_kv: Tensor,
     kept_z: Tensor,
     kept_shift: Tensor,
     d_out: Tensor,
@@ -143,7 +143,7 @@ def causal_backward(
     chunk = causal_chunk(q.shape[1])
     call = Call.of(settings, features, projection, out.dtype, chunk)
     parameters: Gradients = [None] * len(call.features.parameters)
-    kept = Kept(norm, cuts, kept_s, kept_z, kept_shift)
+    kept = Kept(norm, cuts, kept_kv, kept_z, kept_shift)
     gradients, state = chunked_backward.backward(
         call, Inputs(q, k, v, key_mask), shift if call.features.exponential else None, out, kept,
         d_out, (d_kv, d_z), parameters,
@@ -235,7 +235,11 @@ def attend(
     "attend_backward",
     "Tensor q, Tensor kv, Tensor z, Tensor? shift, Tensor out, Tensor norm, Tensor d_out) -> "
     "(Tensor, Tensor, Tensor)",
-    lambda settings, projection, *tensors: tuple(map(torch.empty_like, tensors[:3])),
+    lambda settings, projection, q, kv, z, *_: (
+        torch.empty_like(q),
+        kv.new_empty(kv.shape),
+        z.new_empty(z.shape),
+    ),
 )
 def attend_backward(
     settings: Settings,

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .call import Call
-from .checks import check_state_width, check_widths
+from .checks import check_widths
 from .encode import width
 from .layout import (
     BLOCK_FEATURES,
@@ -28,7 +28,7 @@ from .layout import (
     write_into,
 )
 from .scaling import factor_of, norm_of, query_factors
-from .sums import Sums, Triple, empty_sums
+from .sums import Sums, Triple, empty_sums, start_from
 from .threads import paced
 
 Gradients = list[Tensor | None]
@@ -37,7 +37,7 @@ Gradients = list[Tensor | None]
 def _chunks(length: int, call: Call, sums: Sums, what: str) -> Iterator[Block]:
     """The size of a chunk changes no cost here, as long as its features stay in a cache."""
     chunk = call.chunk or max(MIN_CHUNK, BLOCK_FEATURES // max(sums.z.shape[-1], 1))
-    return paced(blocks(0, length, chunk, chunk), sums.s, what, *sums.s.shape, chunk)
+    return paced(blocks(0, length, chunk, chunk), sums.kv, what, *sums.kv.shape, chunk)
 
 
 def allocate_state(call: Call, k: Tensor, v: Tensor) -> Triple:
@@ -52,12 +52,11 @@ def accumulate(
     """The sums over keys (N, S, H, E) and values (N, S, H, M), added to a state."""
     n, length, heads, _ = v.shape
     final = allocate_state(call, k, v)
-    if state is not None:
-        check_state_width(state[1].shape[-1], final[1].shape[-1])
+    start_from(state, final)
     for tile in tiles(n, heads, length, call.whole):
         k_tile, v_tile = tile.of(k), tile.of(v)
         keys = call.encoder(of_keys=True, mask=tile.of_mask(key_mask))
-        sums = Sums.of_tile(state or final, tile)
+        sums = Sums.of_tile(final, tile)
         for block in _chunks(length, call, sums, "accumulate"):
             kappa = sums.enter(keys(k_tile, block))
             assert kappa is not None
@@ -87,13 +86,13 @@ def accumulate_backward(
             a, back = keys.differentiated(k_tile, block, d_parameters)
             kappa = a if final.shift is None else a.sub_(final.shift[:, None]).exp2_()
             values = keys.values(v_tile, block)[0]
-            da = torch.baddbmm(final.z[:, None], values, final.s)[None]
+            da = torch.baddbmm(final.z[:, None], values, final.kv.mT)[None]
             if final.shift is None:
-                keys.hide(da, block)
+                keys.clear(da, block)
             else:
                 da.mul_(kappa)
             back(da, dk_tile)
-            write_into(dv_tile, block, torch.bmm(kappa[0], final.s.mT)[None])
+            write_into(dv_tile, block, torch.bmm(kappa[0], final.kv)[None])
     return dk, dv
 
 
@@ -118,7 +117,7 @@ def attend(call: Call, q: Tensor, state: Triple) -> tuple[Tensor, Tensor]:
                 p, offset = query_factors(p)
             denominator = (p * sums.z[:, None]).sum(-1, keepdim=True)
             factor = factor_of(denominator, *call.lift(seen=False))
-            scale_into(out_tile, block, torch.bmm(p[0], sums.s.mT)[None], factor, groups)
+            scale_into(out_tile, block, torch.bmm(p[0], sums.kv)[None], factor, groups)
             if call.settings.keep:
                 write_into(norm_tile, block, norm_of(denominator, factor, offset), groups)
     return out, norm
@@ -137,7 +136,7 @@ def attend_backward(
     n, length, q_heads, _ = q.shape
     kv, z, _ = state
     groups = q_heads // max(kv.shape[1], 1)
-    dq, d_kv, d_z = torch.empty_like(q), torch.zeros_like(kv), torch.zeros_like(z)
+    dq, d_kv, d_z = torch.empty_like(q), kv.new_zeros(kv.shape), z.new_zeros(z.shape)
     for tile in tiles(n, kv.shape[1], length, call.whole):
         queries = call.encoder(groups=groups)
         sums = Sums.of_tile(state, tile)
@@ -149,7 +148,7 @@ def attend_backward(
             do = group(block.of(do_tile).to(call.dtype), block, groups)
             factor = group(block.of(norm_tile), block, groups)
             delta = row_dots(o_tile, do_tile, block, groups)
-            db = torch.bmm(do[0], sums.s)[None]
+            db = torch.bmm(do[0], sums.kv.mT)[None]
             db.addcmul_(delta, sums.z[:, None], value=-1)
             if sums.shift is None:
                 p = b * factor

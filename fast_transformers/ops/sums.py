@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .checks import check_state_width
 from .layout import Tile
 from .scaling import lowest, reference
 
@@ -19,34 +20,41 @@ def empty_sums(v: Tensor, features: int, exponential: bool, dtype: torch.dtype) 
     return kv, z, torch.full_like(z, lowest(dtype)) if exponential else None
 
 
-class Sums:
-    """S^T (G, M, F) and z (G, F), relative to 2^shift (G, F) for exponential features.
+def start_from(state: Triple | None, sums: Triple) -> None:
+    """Copy a state to sums of the same features."""
+    if state is None:
+        return
+    check_state_width(state[1].shape[-1], sums[1].shape[-1])
+    for given, mine in zip(state, sums, strict=True):
+        if given is not None and mine is not None:
+            mine.copy_(given)
 
-    S is kept transposed, which its products are faster with, and is changed in place; the other
-    two are replaced.
+
+class Sums:
+    """S (G, F, M) and z (G, F), relative to 2^shift (G, F) for exponential features.
+
+    S is a part of the (contiguous) state that it was taken from, and is changed in place; the
+    other two are replaced, and :meth:`write` puts them back.
     """
 
-    def __init__(self, s: Tensor, z: Tensor, shift: Tensor | None) -> None:
-        self.s, self.z, self.shift = s, z, shift
+    def __init__(self, kv: Tensor, z: Tensor, shift: Tensor | None) -> None:
+        self.kv, self.z, self.shift = kv, z, shift
 
     @classmethod
     def of_tile(cls, state: Triple, tile: Tile) -> Sums:
-        """A copy of a state's part."""
         kv, z, shift = (
             None if x is None else x.detach()[tile.rows, tile.heads].flatten(0, 1) for x in state
         )
-        assert kv is not None
-        assert z is not None
-        return cls(kv.mT.clone(memory_format=torch.contiguous_format), z, shift)
+        return cls(kv, z, shift)  # pyright: ignore[reportArgumentType]
 
     def write(self, state: Triple, tile: Tile) -> None:
-        for mine, whole in zip((self.s.mT, self.z, self.shift), state, strict=True):
+        for mine, whole in zip((self.z, self.shift), state[1:], strict=True):
             if mine is not None and whole is not None:
                 part = whole[tile.rows, tile.heads]
                 part.copy_(mine.view(part.shape))
 
     def snapshot(self) -> Sums:
-        return Sums(self.s.clone(), self.z, self.shift)
+        return Sums(self.kv.clone(), self.z, self.shift)
 
     def enter(self, a: Tensor, masked: bool = False, whole: bool = True) -> Tensor | None:
         """Factors of the keys of a block relative to a shift that includes them.
@@ -70,12 +78,12 @@ class Sums:
             self.shift = shift
 
     def _scale(self, factor: Tensor) -> None:
-        self.s.mul_(factor[:, None])
+        self.kv.mul_(factor[..., None])
         self.z = self.z * factor
 
     def add(self, kappa: Tensor, v: Tensor) -> None:
         """Add the keys and values of one chunk to S; z is for :meth:`z_before` to follow."""
-        self.s.baddbmm_(v.mT, kappa)
+        self.kv.baddbmm_(kappa.mT, v)
 
     def z_before(self, kappa: Tensor) -> Tensor:
         """z before each chunk of a block, (T, G, F); afterwards z includes the block."""
