@@ -45,7 +45,7 @@ class FeatureMap(nn.Module):
         query_dimensions: E. The older name ``query_dims`` holds the same.
         exponential: whether ``log_queries`` and ``log_keys`` are to be used.
         any_input: whether the methods accept any floating dtype and any leading dimensions, and
-            compute in float32 at least. Saves a copy of each chunk.
+            compute in float32 at least. They may then be given some of the heads only.
         drawn: whether the map can be used before ``new_feature_map`` has been called.
     """
 

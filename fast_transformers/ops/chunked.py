@@ -166,7 +166,7 @@ def _forward_block(
     kappa = sums.enter(keys(inputs.k, block), inputs.key_mask is not None, whole=False)
     if kappa is None:
         return False
-    v, p, offset = keys.values(inputs.v, block), queries(inputs.q, block, sums.shift), None
+    v, p, offset = keys.rows(inputs.v, block), queries(inputs.q, block, sums.shift), None
     check_widths(p.shape[-1], kappa.shape[-1])
     if sums.shift is not None:
         p, offset = query_factors(p)

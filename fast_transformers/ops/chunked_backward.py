@@ -109,7 +109,7 @@ class _Sweep:
         found = []
         for block in paced(self._blocks(interval), self._out, "causal restored", *work):
             a, back = self._keys.differentiated(self._inputs.k, block, self._d_parameters)
-            v = self._keys.values(self._inputs.v, block)
+            v = self._keys.rows(self._inputs.v, block)
             kappa = sums.enter(a)
             assert kappa is not None
             z, kv = sums.z_before(kappa), []

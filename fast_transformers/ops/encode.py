@@ -55,7 +55,7 @@ class Encoder:
         ``shift`` (N*H, F) is added to the logarithms of exponential features of queries.
         """
         if self._kind is not None:
-            return self._hide(self._evaluate(self._kind, self._rows(x, block), shift), block)
+            return self._hide(self._evaluate(self._kind, self.rows(x, block), shift), block)
         given = self._given(x, block)
         with self._same_again(x, block):
             return self._finish(self._function(given), block, shift)
@@ -69,7 +69,7 @@ class Encoder:
     ) -> tuple[Tensor, PullBack]:
         """The same, and the function that pulls a gradient of phi, or of log(phi), back."""
         if self._kind is not None:
-            rows = self._rows(x, block)
+            rows = self.rows(x, block)
             phi = self._evaluate(self._kind, rows, shift)
             kind_back = self._kind.keys_back if self._of_keys else self._kind.queries_back
 
@@ -88,7 +88,9 @@ class Encoder:
             if value.requires_grad:
                 gradient = ungroup(gradient, block, x.shape[0], self._groups)
                 first, *rest = torch.autograd.grad(value, inputs, gradient, allow_unused=True)
-            block.of(dx).copy_(first) if first is not None else block.of(dx).zero_()
+            if first is None:
+                first = torch.zeros_like(inputs[0])
+            block.of(dx).copy_(first)
             for i, extra in enumerate(rest):
                 if extra is not None:
                     old = d_parameters[i]
@@ -96,20 +98,17 @@ class Encoder:
 
         return self._finish(value.detach(), block, shift), pull_back
 
-    def values(self, v: Tensor, block: Block) -> Tensor:
-        """A block of v (N, length, H, M) as (T, N*H, C, M), with zeros in the masked rows."""
-        return self._rows(v, block)
+    def rows(self, x: Tensor, block: Block) -> Tensor:
+        """A block of (N, length, H*R, D) as (T, N*H, R*C, D), with zeros in the masked rows."""
+        rows = block.of(x).to(self._dtype)
+        if self._drop is not None:
+            rows = rows.masked_fill(block.of(self._drop), 0.0)
+        return group(rows, block, self._groups)
 
     def clear(self, gradient: Tensor, block: Block) -> None:
         """Clear the masked rows of a gradient (T, N*H, C, F)."""
         if self._drop is not None:
             gradient.masked_fill_(self._dropped(gradient, block), 0.0)
-
-    def _rows(self, x: Tensor, block: Block) -> Tensor:
-        rows = block.of(x).to(self._dtype)
-        if self._drop is not None:
-            rows = rows.masked_fill(block.of(self._drop), 0.0)
-        return group(rows, block, self._groups)
 
     def _dropped(self, like: Tensor, block: Block) -> Tensor:
         """Where rows are masked, (T, N*H, C, 1)."""

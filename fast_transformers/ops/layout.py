@@ -1,9 +1,10 @@
 """How a call is cut into pieces that fit a processor's cache, and how a piece is laid out.
 
 A *tile* is a few heads of a few sequences; tiles are independent. Within a tile the sequence is
-worked in *blocks* of ``t`` chunks of ``c`` tokens, packed as (T, G, C, D): chunk, head (of all
+worked in *blocks* of ``t`` chunks of ``c`` tokens, grouped as (T, G, C, D): chunk, head (of all
 sequences of the tile), token, dimension. With fewer key than query heads the R queries that
-share a key head stand below each other, as (T, G, R*C, D).
+share a key head stand below each other, as (T, G, R*C, D). Grouped rows of a single sequence are
+a view of it and keep its memory layout, which products of matrices work on as fast.
 """
 
 from __future__ import annotations

@@ -60,7 +60,7 @@ def accumulate(
         for block in _chunks(length, call, sums, "accumulate"):
             kappa = sums.enter(keys(k_tile, block))
             assert kappa is not None
-            sums.absorb(kappa, keys.values(v_tile, block))
+            sums.absorb(kappa, keys.rows(v_tile, block))
         sums.write(final, tile)
     return final
 
@@ -85,7 +85,7 @@ def accumulate_backward(
         for block in _chunks(length, call, final, "accumulate backward"):
             a, back = keys.differentiated(k_tile, block, d_parameters)
             kappa = a if final.shift is None else a.sub_(final.shift[:, None]).exp2_()
-            values = keys.values(v_tile, block)[0]
+            values = keys.rows(v_tile, block)[0]
             da = torch.baddbmm(final.z[:, None], values, final.kv.mT)[None]
             if final.shift is None:
                 keys.clear(da, block)
@@ -164,5 +164,5 @@ def attend_backward(
 
 
 def row_dots(x: Tensor, y: Tensor, block: Block, groups: int) -> Tensor:
-    """x.y over the last dimension for a block of rows, packed as (T, G, R*C, 1)."""
+    """x.y over the last dimension for a block of rows, grouped as (T, G, R*C, 1)."""
     return group((block.of(x) * block.of(y)).sum(-1, keepdim=True), block, groups)

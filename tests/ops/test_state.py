@@ -40,6 +40,25 @@ def test_a_state_of_any_form_continues_any_other(causal, features, first, second
     assert_same_state(rest.state, whole.state)
 
 
+@pytest.mark.parametrize("causal", [True, False])
+def test_a_state_of_any_strides(causal: bool) -> None:
+    """It is read where it lies, and its gradients are complete."""
+    function = ops.causal_linear_attention if causal else ops.linear_attention
+    q, k, v = make_qkv(40, dtype=torch.float64)
+    phi = FEATURES["positive"]
+    _, (kv, z) = function(q, k, v, phi)
+    given = [kv, z], [x.transpose(0, 1).contiguous().transpose(0, 1) for x in (kv, z)]
+    found = []
+    for tensors in given:
+        leaves = [x.detach().requires_grad_() for x in tensors]
+        out, final = function(q, k, v, phi, state=ops.LinearState(*leaves, None))
+        loss = out.square().sum() + final.kv.sum() + final.z.sum()
+        found.append([out, *final, *torch.autograd.grad(loss, leaves)])
+    assert not given[1][0].is_contiguous()
+    torch.testing.assert_close(*found, **close)
+    torch.testing.assert_close(*given, rtol=0, atol=0)  # and it is left as it was
+
+
 @settings(max_examples=40, deadline=None)
 @given(
     cuts=st.lists(st.integers(0, 50), max_size=4),
