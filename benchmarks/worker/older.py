@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import fast_transformers
 from fast_transformers.attention import CausalLinearAttention, LinearAttention
 from fast_transformers.feature_maps import Favor, elu_feature_map
 from fast_transformers.masking import FullMask, LengthMask
@@ -20,9 +19,7 @@ from .jobs import DIM, AttentionJob, Job
 
 ABOUT = {
     "torch": torch.__version__,
-    "pytorch-fast-transformers": (
-        f"{version('pytorch-fast-transformers')} ({fast_transformers.__file__})"
-    ),
+    "pytorch-fast-transformers": version("pytorch-fast-transformers"),
 }
 
 

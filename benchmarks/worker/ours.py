@@ -31,7 +31,7 @@ from .jobs import DIM, AttentionJob, Job
 
 ABOUT = {
     "torch": torch.__version__,
-    "fast-transformers": f"{fast_transformers.__version__} ({fast_transformers.__file__})",
+    "fast-transformers": fast_transformers.__version__,
 }
 
 FEATURES = 256
