@@ -1,4 +1,4 @@
-# make demo   train on the digits and draw from the model as an RNN (about 2 minutes)
+# make demo   train on the digits and draw from the model as an RNN (2 to 3 minutes)
 # make test   check the code and run all the tests (about 5 minutes)
 # make check  ruff and pyright alone
 # make clean  remove the virtual environment and what the demo wrote
