@@ -108,14 +108,14 @@ def look_up(
     else:
         p = kind.queries(_cast(q, dtype).reshape(g, -1, q.shape[-1]), shift)
         check_widths(p.shape[-1], f)
+    positive = kind is not None and kind.positive and (eps > 0 if shift is None else seen)
     if shift is not None:
         offset = p.detach().amax(-1, keepdim=True)
-        p = (p - (offset if seen else offset.clamp_(min=lowest(p.dtype)))).exp2()
+        p = (p - (offset if positive else offset.clamp_(min=lowest(p.dtype)))).exp2()
     numerator = torch.bmm(p, state.kv.view(g, f, m))
     denominator = torch.bmm(p, state.z.view(g, f, 1))
     if shift is None:
         denominator = denominator + eps
-    positive = seen if shift is not None else eps > 0 and kind is not None and kind.positive
     if not positive:
         denominator = denominator.masked_fill(denominator == 0, math.inf)
     return (numerator / denominator).view(n, -1, m)

@@ -56,6 +56,18 @@ def test_keys_of_very_different_norms(order: str) -> None:
             assert_as_accurate(a, p, e, log_size=logs)
 
 
+@pytest.mark.parametrize("impl", ["chunked", "reference", "recurrent"])
+def test_features_that_are_all_zero(impl: str) -> None:
+    """A token whose logarithms are all -inf has no weight and asks for nothing: 0/0 is 0."""
+    features = ops.Features(exponential=True)  # q and k are logarithms
+    q, k, v = make_qkv(3, N=1, H=2, E=8, M=8)
+    q, k = (torch.full_like(x, -torch.inf) for x in (q, k))
+    out, state = ops.causal_linear_attention(q, k, v, features, impl=impl)
+    step, _ = ops.linear_attention_step(q[:, 0], k[:, 0], v[:, 0], features, state=state)
+    assert not out.any()
+    assert not step.any()
+
+
 def test_masked_key_before_a_dwarfing_one() -> None:
     """Queries before the greater key see the earlier sequence only, and see it in full."""
     features = ops.Features(exponential=True)  # q and k are logarithms
