@@ -11,6 +11,7 @@ import torch
 
 from . import __version__, ops
 from .builders import AttentionBuilder, RecurrentAttentionBuilder
+from .feature_maps import FeatureMap, elu_feature_map, features_of
 from .specs import parse_feature_map
 
 CONDITIONAL_LIMIT = 512  # the default length_limit of the conditional attention
@@ -35,8 +36,10 @@ def report(
         ValueError: for an attention or a feature map that is not available.
     """
     about = [] if attention is None else [_attention(attention)]
+    dims = 64 if shape is None else shape[4]
+    features = elu_feature_map(dims)
     if feature_map is not None:
-        features = parse_feature_map(feature_map)(64 if shape is None else shape[4])
+        features = parse_feature_map(feature_map)(dims)
         size = f"{features.query_dimensions} dimensions to {features.feature_dims} features"
         about.append(f"feature map       {feature_map}, {size}")
     yield f"fast-transformers {__version__}"
@@ -44,15 +47,18 @@ def report(
     yield f"torch             {torch.__version__}"
     for name in EXTRAS:
         yield f"{name:<17} {_version(name)}"
+    yield f"ptxas             {_ptxas()}"
     yield f"threads           {torch.get_num_threads()} of {os.cpu_count()} processors"
     yield from _devices()
     yield from about
     if shape is not None:
         yield ""
-        yield from _paths(shape, causal, attention or "linear")
+        yield from _paths(shape, causal, attention or "linear", features)
 
 
-def _paths(shape: Sequence[int], causal: bool, attention: str) -> Iterator[str]:
+def _paths(
+    shape: Sequence[int], causal: bool, attention: str, features: FeatureMap
+) -> Iterator[str]:
     """Which code path serves a call with these shapes, and why not the others."""
     n, length, keys, heads, query_dims, value_dims = shape
     outer, _, inner = attention.partition(":")
@@ -61,10 +67,11 @@ def _paths(shape: Sequence[int], causal: bool, attention: str) -> Iterator[str]:
         softmax = max(length, keys) <= CONDITIONAL_LIMIT
         outer = "full" if softmax else inner
     causal = causal or outer == "causal-linear"
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     yield (
         f"{'causal ' * causal}{'softmax' if softmax else 'linear'} attention, queries "
         f"({n}, {length}, {heads}, {query_dims}), keys ({n}, {keys}, {heads}, {query_dims}), "
-        f"values ({n}, {keys}, {heads}, {value_dims}):"
+        f"values ({n}, {keys}, {heads}, {value_dims}), {device}:"
     )
     if softmax:
         answers = {
@@ -72,7 +79,14 @@ def _paths(shape: Sequence[int], causal: bool, attention: str) -> Iterator[str]:
             "matrix": "no: nobody listens for AttentionEvent, which needs the L x S matrix",
         }
     else:
-        answers = ops.explain(causal=causal, length=length, keys=keys)
+        answers = ops.explain(
+            causal=causal,
+            length=length,
+            keys=keys,
+            device=device,
+            dims=(query_dims, value_dims),
+            features=features_of(features),
+        )
     for impl, answer in answers.items():
         yield f"  {impl:<10} {answer}"
 
@@ -92,6 +106,16 @@ def _version(name: str) -> str:
         if name == "triton":
             return "not installed: it comes with CUDA builds of torch"
         return "not installed: pip install fast-transformers[hf]"
+
+
+def _ptxas() -> str:
+    """Version of the assembler that Triton's kernels go through."""
+    try:
+        from triton.knobs import nvidia
+
+        return nvidia.ptxas.version
+    except (ImportError, RuntimeError):
+        return "not available: it comes with Triton"
 
 
 def _devices() -> Iterator[str]:

@@ -74,11 +74,15 @@ def differentiate(
     """Values, true final sums, and gradients of a loss that looks at all of them."""
     leaves = [x.detach().requires_grad_() for x in inputs]
     values, state = function(*leaves)
-    means = state.kv / state.z[..., None].clamp(min=1e-30)  # free of the shift
+    z = state.z[..., None]
+    if state.shift is None:
+        means = state.kv / (1 + z.abs())  # sums of either sign may be 0
+    else:
+        means = state.kv / z.clamp(min=1e-30)  # free of the shift
     generator = torch.Generator().manual_seed(seed)
 
     def weigh(x: Tensor) -> Tensor:
-        w = torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x.dtype)
+        w = torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x)
         return (x * w).sum()
 
     loss = weigh(values).to(means.dtype) + weigh(means)
@@ -96,15 +100,18 @@ def assert_as_accurate(
     exact: Tensor,
     size: float | None = None,
     log_size: float = 0.0,
+    operands: torch.dtype | None = None,
 ) -> None:
     """At most twice the error of plain PyTorch, one rounding of the result, and float32 noise.
+
+    ``operands`` is the dtype that factors of products were rounded to, if not that of the result.
 
     ``size`` is the scale of the terms that were summed, if they cancel in the result;
     ``log_size`` that of logarithms that were rounded before they were exponentiated.
     """
     assert actual.shape == exact.shape
     largest = max(float(exact.abs().max()), size or 0.0) if exact.numel() else 0.0
-    eps = torch.finfo(actual.dtype).eps
+    eps = max(torch.finfo(x).eps for x in (actual.dtype, operands or actual.dtype))
     noise = EPS_FP32 if actual.dtype != torch.float64 else eps
     lost = (plain.double() - exact).abs().max() if exact.numel() else 0.0
     budget = 2 * lost + eps * largest + (32 + 2 * log_size) * noise * max(largest, 1.0)

@@ -7,14 +7,16 @@ from typing import Any
 
 from torch import Tensor
 
-from . import checks, exported, packed, reference, stream
+from . import checks, exported, fused, packed, reference, stream
 from .choose import resolve
 from .features import IDENTITY, Features, sum_dtype, without_autocast
+from .fused_step import fused_step, why_not_fused_step
 from .state import Attended, LinearState, as_state
 from .step import absorb, kind_of, look_up
 
 State = LinearState | Sequence[Tensor] | None
 _FORMS: dict[str, Callable[..., tuple[Tensor, LinearState]]] = {
+    "triton": fused.attention,
     "chunked": stream.attention,
     "reference": reference.quadratic,
     "recurrent": reference.recurrent,
@@ -57,7 +59,8 @@ def linear_attention(
         cu_seqlens: (B + 1,) integers, for B sequences packed one behind the other into inputs of
             shape (1, T, H, dim): where each begins, and T. Nothing crosses a boundary. ``state``
             is then that of the B sequences. Nested tensors of layout ``torch.jagged``,
-            (N, length, H, dim), are packed sequences that know their boundaries.
+            (N, length, H, dim), are packed sequences that know their boundaries. Kernels read
+            the boundaries on the GPU, where nobody checks that they rise from 0 to T.
         cu_seqlens_keys: the same for keys and values; None if they have those of the queries.
 
     Returns:
@@ -149,8 +152,10 @@ def linear_attention_step(
         else:
             checks.check_inputs(q, k, v, dim=3)
             dtype = sum_dtype(q, k, v)
-            checks.check_state(state, v, dtype, features.exponential)
+            checks.check_state(state, v, v.shape[0], dtype, features.exponential)
             kind = kind_of(features, dtype, q, k, v, *sums)
+            if why_not_fused_step(q, k, v, features, kind, state) is None:
+                return Attended(*fused_step(q, k, v, features, state, eps=eps, inplace=inplace))
             state = absorb(k, v, features, kind, state=state, dtype=dtype, inplace=inplace)
         values = look_up(q, state, features, kind, eps=eps, seen=k is not None)
         return Attended(values if values.dtype == q.dtype else values.to(q.dtype), state)
@@ -166,29 +171,50 @@ def _attention(
     *,
     causal: bool,
 ) -> Attended:
-    """Turn packed sequences into calls of ``function`` with a padded batch; answer the others."""
+    """Turn packed sequences into calls of ``function`` with a padded batch, unless a form takes
+    them as they are; answer the others."""
     if isinstance(q, Tensor) and q.is_nested:
         return packed.nested(function, q, k, v, **options)
     checks.check_inputs(q, k, v)
     checks.check_key_mask(options["key_mask"], k)
-    if options["features"] is None:
-        options["features"] = IDENTITY
-    exponential = options["features"].exponential
-    state = options["state"] = as_state(options["state"], exponential)
+    features = options["features"] = options["features"] or IDENTITY
+    state = options["state"] = as_state(options["state"], features.exponential)
     cu_seqlens, cu_seqlens_keys = sequences
     if cu_seqlens is not None:
-        return packed.packed(
-            function, q, k, v, cu_seqlens=cu_seqlens, cu_seqlens_keys=cu_seqlens_keys, **options
-        )
+        packed.check(q, k, cu_seqlens, cu_seqlens_keys)
+    count = v.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    dtype, chunk_size = v.dtype, options["chunk_size"]
+    if chunk_size is not None and chunk_size < 1:
+        raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
     with without_autocast(q):
         for x in (q, k):
-            checks.check_projection(options["features"], x)
-        checks.check_state(state, v, sum_dtype(q, k, v), exponential)
-        impl = resolve(options.pop("impl"), causal=causal, length=q.shape[1], keys=k.shape[1])
-        chunk_size = options.pop("chunk_size")
-        if chunk_size is not None and chunk_size < 1:
-            raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
-        if impl == "chunked":
-            options["chunk_size"] = chunk_size
+            checks.check_projection(features, x)
+        checks.check_state(state, v, count, sum_dtype(q, k, v), features.exponential)
+        impl = _form(options["impl"], q, k, v, features, causal)
+        if impl == "triton" and features.formula is None:
+            q, k, v, features = fused.evaluate(q, k, v, features, options["key_mask"])
+            options["features"] = features
+            impl = _form(options["impl"], q, k, v, features, causal)  # as many as there are
+        if cu_seqlens is not None:
+            options |= {"cu_seqlens": cu_seqlens, "cu_seqlens_keys": cu_seqlens_keys}
+            if impl != "triton" or (causal and cu_seqlens_keys is not None):
+                values, state = packed.packed(function, q, k, v, **options)
+                return Attended(values.to(dtype), state)
+        del options["impl"]
+        if impl != "chunked":
+            del options["chunk_size"]
         values, state = _FORMS[impl](q, k, v, causal=causal, **options)
-        return Attended(values.to(v.dtype), state)
+        return Attended(values.to(dtype), state)
+
+
+def _form(impl: str, q: Tensor, k: Tensor, v: Tensor, features: Features, causal: bool) -> str:
+    return resolve(
+        impl,
+        causal=causal,
+        length=q.shape[1],
+        keys=k.shape[1],
+        device=q.device,
+        dtype=q.dtype if q.dtype == k.dtype == v.dtype else None,
+        dims=(q.shape[-1], v.shape[-1]),
+        features=features,
+    )

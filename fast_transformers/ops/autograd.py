@@ -34,7 +34,7 @@ def run(function: type[Function], differentiable: bool, *args: Any) -> Any:
         if "jvp" not in str(error):
             raise
         raise NotImplementedError(
-            f"the chunked form has no forward-mode derivatives (jvp); {USE_REFERENCE}"
+            f"this form of attention has no forward-mode derivatives (jvp); {USE_REFERENCE}"
         ) from error
 
 
@@ -45,10 +45,10 @@ class BackwardPass(Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
-        raise RuntimeError(f"the chunked form has no second derivatives; {USE_REFERENCE}")
+        raise RuntimeError(f"this form of attention has no second derivatives; {USE_REFERENCE}")
 
 
-def _folded(
+def folded(
     function: type[Function],
     size: int,
     in_dims: Sequence[Any],
@@ -111,9 +111,7 @@ class Causal(Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
-        return _folded(
-            Causal, info.batch_size, in_dims, args, [0] * 7, [0, 0, 0, 0, 0, 0, 1, 1, 1]
-        )
+        return folded(Causal, info.batch_size, in_dims, args, [0] * 7, [0, 0, 0, 0, 0, 0, 1, 1, 1])
 
 
 class CausalBackward(BackwardPass):
@@ -126,7 +124,7 @@ class CausalBackward(BackwardPass):
     @staticmethod
     def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
         batch = [0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 0, 0, 0]
-        return _folded(CausalBackward, info.batch_size, in_dims, args, batch, [0] * 5)
+        return folded(CausalBackward, info.batch_size, in_dims, args, batch, [0] * 5)
 
 
 class Accumulate(Function):
@@ -174,7 +172,7 @@ class Accumulate(Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
-        return _folded(Accumulate, info.batch_size, in_dims, args, [0] * 6, [0] * 3)
+        return folded(Accumulate, info.batch_size, in_dims, args, [0] * 6, [0] * 3)
 
 
 class AccumulateBackward(BackwardPass):
@@ -186,7 +184,7 @@ class AccumulateBackward(BackwardPass):
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
-        return _folded(AccumulateBackward, info.batch_size, in_dims, args, [0] * 6, [0] * 2)
+        return folded(AccumulateBackward, info.batch_size, in_dims, args, [0] * 6, [0] * 2)
 
 
 class Attend(Function):
@@ -228,7 +226,7 @@ class Attend(Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
-        return _folded(Attend, info.batch_size, in_dims, args, [0] * 4, [0] * 2)
+        return folded(Attend, info.batch_size, in_dims, args, [0] * 4, [0] * 2)
 
 
 class AttendBackward(BackwardPass):
@@ -240,4 +238,4 @@ class AttendBackward(BackwardPass):
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
-        return _folded(AttendBackward, info.batch_size, in_dims, args, [0] * 7, [0] * 3)
+        return folded(AttendBackward, info.batch_size, in_dims, args, [0] * 7, [0] * 3)

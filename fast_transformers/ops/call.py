@@ -13,7 +13,7 @@ from .kinds import KINDS, Formula
 
 
 class Settings(NamedTuple):
-    """Constants of one call of the chunked forms.
+    """Constants of one call of a pass.
 
     Attributes:
         kind: name of the feature map in :data:`~.kinds.KINDS`, "" for a user's functions.

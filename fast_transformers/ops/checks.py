@@ -90,12 +90,12 @@ def check_widths(of_queries: int, of_keys: int) -> None:
 
 
 def check_state(
-    state: LinearState | None, v: Tensor, dtype: torch.dtype, exponential: bool
+    state: LinearState | None, v: Tensor, n: int, dtype: torch.dtype, exponential: bool
 ) -> None:
-    """A state that these inputs can continue; its number of features is checked on use."""
+    """A state that ``n`` sequences can continue; its number of features is checked on use."""
     if state is None:
         return
-    n, h, m = v.shape[0], v.shape[-2], v.shape[-1]
+    h, m = v.shape[-2], v.shape[-1]
     again = "start a new sequence with state=None"
     if state.kv.ndim != 4 or state.z.shape != state.kv.shape[:3]:
         raise ValueError(

@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import re
+from importlib import metadata
+from importlib.util import find_spec
+from typing import Any
+
 import torch
+
+from .features import IDENTITY, Features
+from .kinds import KINDS
 
 FORMS = {
     "triton": "kernels for a GPU that compute the feature map on chip",
@@ -11,6 +20,10 @@ FORMS = {
     "recurrent": "token by token, as in generation; the second specification",
     "exported": "ordinary operations in one graph; for torch.export and ONNX",
 }
+OLDEST_TRITON = (3, 4)
+OLDEST_GPU = (8, 0)  # compute capability
+MOST_DIMS, MOST_FEATURES = 128, 512  # of the kernels
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # kernels run in Python, on any device
 
 
 def causal_chunk(length: int) -> int:
@@ -32,7 +45,47 @@ def exporting() -> bool:
     return getattr(torch.compiler, "_is_exporting_flag", False)
 
 
-def why_not(impl: str, *, causal: bool, length: int, keys: int) -> str | None:
+def _missing() -> str | None:
+    """What is not installed, found without importing it."""
+    if find_spec(f"{__package__}.triton") is None:
+        return "this installation comes without the kernels"
+    if find_spec("triton") is None:
+        return "Triton is not installed"
+    try:
+        version = metadata.version("triton")
+    except metadata.PackageNotFoundError:  # a build of another name
+        return None
+    if tuple(map(int, re.findall(r"\d+", version)[:2])) < OLDEST_TRITON:
+        return f"Triton {version} is too old, kernels need {OLDEST_TRITON[0]}.{OLDEST_TRITON[1]}"
+    return None
+
+
+MISSING = _missing()  # once, where no compiler looks
+
+
+def _unfit(index: int | None) -> str | None:
+    """Why kernels do not run on a CUDA device; in words that a compiler takes for constants."""
+    if torch.version.hip is not None:
+        return "kernels are for GPUs of NVIDIA"
+    if not torch.cuda.is_available():
+        return "there is no CUDA device"
+    gpu = torch.cuda.get_device_properties(index)
+    if (gpu.major, gpu.minor) < OLDEST_GPU:
+        return f"the GPU has compute capability {gpu.major}.{gpu.minor}, kernels need 8.0"
+    return None
+
+
+def why_not(
+    impl: str,
+    *,
+    causal: bool,
+    length: int,
+    keys: int,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = torch.float32,
+    dims: tuple[int, int] = (64, 64),
+    features: Features | None = None,
+) -> str | None:
     """The reason why a form cannot serve a call, or None if it can.
 
     Args:
@@ -40,6 +93,11 @@ def why_not(impl: str, *, causal: bool, length: int, keys: int) -> str | None:
         causal: whether position i sees only the keys up to i.
         length: number of queries L.
         keys: number of keys S.
+        device: of the tensors; None for the default device.
+        dtype: of queries, keys and values; None if they differ.
+        dims: (E, M), dimensions of queries and of values.
+        features: the feature map; None if queries and keys are features already. The number of
+            features of a map without a formula is not known before they are computed.
 
     Raises:
         ValueError: for an unknown name.
@@ -47,30 +105,79 @@ def why_not(impl: str, *, causal: bool, length: int, keys: int) -> str | None:
     if impl not in FORMS:
         raise ValueError(f"impl must be 'auto' or one of {', '.join(FORMS)}, got {impl!r}")
     if impl == "triton":
-        return "this version has no GPU kernels"
+        device = torch.device(device or torch.get_default_device())
+        return _not_installed(device) or _too_much(dtype, dims, features or IDENTITY)
     return None
 
 
-def resolve(impl: str, **call: bool | int) -> str:
+def _not_installed(device: torch.device) -> str | None:
+    if exporting():
+        return "an exported program is made of ordinary operations"
+    if MISSING is not None:
+        return MISSING
+    if INTERPRETED:
+        return None
+    if device.type != "cuda":
+        return f"the tensors are on a device of type {device.type}, kernels need cuda"
+    return _unfit(device.index)
+
+
+def _too_much(dtype: torch.dtype | None, dims: tuple[int, int], features: Features) -> str | None:
+    if dtype is None:
+        return "queries, keys and values differ in dtype"
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"kernels sum in float32, the inputs are {dtype}".replace("torch.", "")
+    formula = features.formula
+    if formula is not None:
+        width = KINDS[formula.kind].width(formula, dims[0])
+        if width > MOST_FEATURES:
+            return f"kernels take {MOST_FEATURES} features, there are {width}"
+        if formula.projection is not None and dims[0] > MOST_DIMS:
+            return f"kernels take queries of {MOST_DIMS} dimensions, these have {dims[0]}"
+    if dims[1] > MOST_DIMS:
+        return f"kernels take values of {MOST_DIMS} dimensions, these have {dims[1]}"
+    return None
+
+
+def resolve(impl: str, *, device: torch.device, **call: Any) -> str:
     """The form that serves a call: an explicit choice runs or raises, "auto" takes the fastest.
 
-    An exported program is given the form that needs nothing of this library.
+    An exported program is given the form that needs nothing of this library. ``call`` is what
+    :func:`why_not` is told.
     """
     if impl == "auto":
-        return "exported" if exporting() else "chunked"
-    reason = why_not(impl, **call)  # pyright: ignore[reportArgumentType]
+        if exporting():
+            return "exported"
+        on_gpu = device.type == "cuda" and why_not("triton", device=device, **call) is None
+        return "triton" if on_gpu else "chunked"
+    reason = why_not(impl, device=device, **call)
     if reason is not None:
         raise ValueError(f"impl={impl!r} cannot serve this call: {reason}; use impl='auto'")
     return impl
 
 
-def explain(*, causal: bool, length: int, keys: int) -> dict[str, str]:
-    """For every form, "chosen", "on request: ..." or "no: ..." with the reason."""
-    call = {"causal": causal, "length": length, "keys": keys}
+def explain(
+    *,
+    causal: bool,
+    length: int,
+    keys: int,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = torch.float32,
+    dims: tuple[int, int] = (64, 64),
+    features: Features | None = None,
+) -> dict[str, str]:
+    """For every form, "chosen", "on request: ..." or "no: ..." with the reason.
+
+    Arguments are those of :func:`why_not`.
+    """
+    call = {"causal": causal, "length": length, "keys": keys, "dtype": dtype, "dims": dims}
+    call |= {"features": features, "device": torch.device(device or torch.get_default_device())}
     chosen = resolve("auto", **call)
     answer = {}
     for impl, purpose in FORMS.items():
-        reason = why_not(impl, causal=causal, length=length, keys=keys)
+        if impl == "triton" and features is not None and features.formula is None:
+            purpose = f"kernels over features computed by torch, if at most {MOST_FEATURES}"
+        reason = why_not(impl, **call)
         if impl == chosen:
             answer[impl] = f"chosen: {purpose}"
         else:

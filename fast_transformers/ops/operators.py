@@ -30,7 +30,7 @@ _SETTINGS = (
 )
 
 
-def _operator(name: str, schema: str, fake: Callable[..., Results]) -> Callable[..., Any]:
+def operator(name: str, schema: str, fake: Callable[..., Results]) -> Callable[..., Any]:
     """Register ``function(settings, features, projection, *tensors)`` for features=None."""
 
     def register(function: Callable[..., Results]) -> Callable[..., Results]:
@@ -45,17 +45,17 @@ def _operator(name: str, schema: str, fake: Callable[..., Results]) -> Callable[
         def shapes(*args: Any) -> Results:
             return fake(Settings(*args[:6]), *args[6:])
 
-        operator = torch.library.custom_op(
+        registered = torch.library.custom_op(
             f"fast_transformers::{name}", named, mutates_args=(), schema=f"({_SETTINGS}{schema}"
         )
-        operator.register_fake(shapes)
+        registered.register_fake(shapes)
 
         def call(
             settings: Settings, features: Features | None, projection: Tensor | None, *tensors: Any
         ) -> Results:
             if features is not None:
                 return run(settings, features, projection, *tensors)
-            return operator(*settings, projection, *tensors)
+            return registered(*settings, projection, *tensors)
 
         return call
 
@@ -66,7 +66,7 @@ def _triple(kv: Tensor | None, z: Tensor | None, shift: Tensor | None) -> Triple
     return None if kv is None or z is None else (kv, z, shift)
 
 
-def _present(state: Triple) -> Results:
+def present(state: Triple) -> Results:
     """Operators have no optional results: no shift is an empty one."""
     kv, z, shift = state
     return kv, z, z.new_empty(*z.shape[:2], 0) if shift is None else shift
@@ -77,10 +77,10 @@ def _causal_shapes(
 ) -> Results:
     call = Call.of(settings, None, projection, sum_dtype(q, k, v), chunk=0)
     out, final, kept = chunked.allocate(call, Inputs(q, k, v, mask))
-    return out, *_present(final), *kept
+    return out, *present(final), *kept
 
 
-@_operator(
+@operator(
     "causal",
     "Tensor? key_mask, Tensor q, Tensor k, Tensor v, Tensor? kv, Tensor? z, Tensor? shift) -> "
     "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
@@ -102,7 +102,7 @@ def causal(
     chunk = causal_chunk(q.shape[1])
     call = Call.of(settings, features, projection, sum_dtype(q, k, v), chunk)
     out, final, kept = chunked.forward(call, Inputs(q, k, v, key_mask), _triple(kv, z, shift))
-    return out, *_present(final), *kept
+    return out, *present(final), *kept
 
 
 def _causal_backward_shapes(
@@ -113,7 +113,7 @@ def _causal_backward_shapes(
     return *map(torch.empty_like, (q, k, v)), state, state[..., 0].clone()
 
 
-@_operator(
+@operator(
     "causal_backward",
     "Tensor? key_mask, Tensor q, Tensor k, Tensor v, Tensor shift, Tensor out, Tensor norm, "
     "Tensor cuts, Tensor kept_kv, Tensor kept_z, Tensor kept_shift, Tensor d_out, Tensor? d_kv, "
@@ -155,10 +155,10 @@ def _accumulate_shapes(
     settings: Settings, projection: Tensor | None, mask: Any, k: Tensor, v: Tensor, *_: Any
 ) -> Results:
     call = Call.of(settings, None, projection, sum_dtype(k, v), chunk=0)
-    return _present(summed.allocate_state(call, k, v))
+    return present(summed.allocate_state(call, k, v))
 
 
-@_operator(
+@operator(
     "accumulate",
     "Tensor? key_mask, Tensor k, Tensor v, Tensor? kv, Tensor? z, Tensor? shift) -> "
     "(Tensor, Tensor, Tensor)",
@@ -177,10 +177,10 @@ def accumulate(
 ) -> Results:
     """The sums (3) over keys and values, added to a state."""
     call = Call.of(settings, features, projection, sum_dtype(k, v), chunk=0)
-    return _present(summed.accumulate(call, k, v, key_mask, _triple(kv, z, shift)))
+    return present(summed.accumulate(call, k, v, key_mask, _triple(kv, z, shift)))
 
 
-@_operator(
+@operator(
     "accumulate_backward",
     "Tensor? key_mask, Tensor k, Tensor v, Tensor shift, Tensor d_kv, Tensor d_z) -> "
     "(Tensor, Tensor)",
@@ -212,7 +212,7 @@ def _attend_shapes(settings: Settings, projection: Any, q: Tensor, kv: Tensor, *
     return rows, rows.new_empty(n, length if settings.keep else 0, heads, 1)
 
 
-@_operator(
+@operator(
     "attend",
     "Tensor q, Tensor kv, Tensor z, Tensor? shift) -> (Tensor, Tensor)",
     _attend_shapes,
@@ -231,7 +231,7 @@ def attend(
     return summed.attend(call, q, (kv, z, shift))
 
 
-@_operator(
+@operator(
     "attend_backward",
     "Tensor q, Tensor kv, Tensor z, Tensor? shift, Tensor out, Tensor norm, Tensor d_out) -> "
     "(Tensor, Tensor, Tensor)",

@@ -1,8 +1,9 @@
 """Sequences of different lengths in one tensor, one behind the other.
 
-Sequences of similar length are gathered into a padded batch, so that no information crosses a
-boundary, many short sequences cost no more than one long one, and padding stays below a quarter
-whatever the mixture. Gathering copies the inputs once.
+Kernels take them as they are. For the other forms sequences of similar length are gathered into
+a padded batch, so that no information crosses a boundary, many short sequences cost no more than
+one long one, and padding stays below a quarter whatever the mixture. Gathering copies the inputs
+once, and reads the boundaries back from a GPU.
 """
 
 from __future__ import annotations
@@ -27,8 +28,37 @@ def nested(function: Callable[..., Attended], q: Any, k: Any, v: Any, **options:
                 "layout=torch.jagged)"
             )
     flat = [x.values()[None] for x in (q, k, v)]
-    values, state = function(*flat, cu_seqlens=q.offsets(), cu_seqlens_keys=k.offsets(), **options)
-    return Attended(torch.nested.nested_tensor_from_jagged(values[0], q.offsets()), state)
+    starts, key_starts = q.offsets(), k.offsets()
+    if key_starts is starts:
+        key_starts = None
+    values, state = function(*flat, cu_seqlens=starts, cu_seqlens_keys=key_starts, **options)
+    return Attended(torch.nested.nested_tensor_from_jagged(values[0], starts), state)
+
+
+def check(q: Tensor, k: Tensor, cu_seqlens: Tensor, cu_seqlens_keys: Tensor | None) -> None:
+    """What can be seen without reading the boundaries back from a device."""
+    for name, starts, x in (
+        ("cu_seqlens", cu_seqlens, q),
+        ("cu_seqlens_keys", cu_seqlens_keys, k),
+    ):
+        if starts is None:
+            continue
+        if starts.ndim != 1 or starts.is_floating_point() or x.shape[0] != 1 or len(starts) < 2:
+            raise ValueError(
+                f"{name} must be a 1-D integer tensor of the sequences' starts and the end, for "
+                f"inputs of shape (1, T, H, dim), got {starts.dtype} of shape "
+                f"{tuple(starts.shape)} and inputs of {tuple(x.shape)}"
+            )
+    if cu_seqlens_keys is None and k.shape[1] != q.shape[1]:
+        raise ValueError(
+            f"cu_seqlens_keys must be given when keys ({k.shape[1]}) and queries ({q.shape[1]}) "
+            "differ in number"
+        )
+    if cu_seqlens_keys is not None and len(cu_seqlens_keys) != len(cu_seqlens):
+        raise ValueError(
+            f"cu_seqlens_keys must be for the {len(cu_seqlens) - 1} sequences of cu_seqlens, got "
+            f"{len(cu_seqlens_keys) - 1}"
+        )
 
 
 def packed(
@@ -43,7 +73,7 @@ def packed(
     state: LinearState | None,
     **options: Any,
 ) -> Attended:
-    """Call ``function`` for groups of sequences of similar length.
+    """Call ``function`` for groups of sequences of similar length, which :func:`check` has seen.
 
     Returns values (1, T, H, M), and the state of each of the B sequences.
     """
@@ -51,16 +81,6 @@ def packed(
     key_starts = starts
     if cu_seqlens_keys is not None:
         key_starts = _starts("cu_seqlens_keys", cu_seqlens_keys, k)
-    elif k.shape[1] != q.shape[1]:
-        raise ValueError(
-            f"cu_seqlens_keys must be given when keys ({k.shape[1]}) and queries ({q.shape[1]}) "
-            "differ in number"
-        )
-    if len(starts) != len(key_starts):
-        raise ValueError(
-            f"cu_seqlens_keys must be for the {len(starts) - 1} sequences of cu_seqlens, got "
-            f"{len(key_starts) - 1}"
-        )
     rows, places, states, order = [], [], [], []
     lengths = [
         (b - a, d - c)
@@ -85,14 +105,8 @@ def packed(
 
 
 def _starts(name: str, cu_seqlens: Tensor, x: Tensor) -> list[int]:
-    if cu_seqlens.ndim != 1 or cu_seqlens.is_floating_point() or x.shape[0] != 1:
-        raise ValueError(
-            f"{name} must be a 1-D integer tensor of the sequences' starts and the end, for "
-            f"inputs of shape (1, T, H, dim), got {cu_seqlens.dtype} of shape "
-            f"{tuple(cu_seqlens.shape)} and inputs of {tuple(x.shape)}"
-        )
     starts = cu_seqlens.tolist()
-    if len(starts) < 2 or starts[0] != 0 or starts[-1] != x.shape[1] or starts != sorted(starts):
+    if starts[0] != 0 or starts[-1] != x.shape[1] or starts != sorted(starts):
         raise ValueError(
             f"{name} must rise from 0 to the number of tokens ({x.shape[1]}), got {starts}"
         )

@@ -63,15 +63,17 @@ def prefix_attention(
     """
     if _must_be_seen(features):
         q, k = (
-            _encoded(features.queries, q, features),
-            _encoded(features.keys, k, features, key_mask),
+            encode(features.queries, q, features),
+            encode(features.keys, k, features, key_mask),
         )
-        features = _given(features)
+        features = given(features)
     _refuse_hidden(features, q)
-    tensors = (key_mask, q, k, v, *_sums(state))
-    settings = _settings(features, tensors, chunk=chunk_size or 0, eps=eps, normalised=normalised)
+    tensors = (key_mask, q, k, v, *sums_of(state))
+    settings = settings_of(
+        features, tensors, chunk=chunk_size or 0, eps=eps, normalised=normalised
+    )
     out, *final = _run(Causal, settings, features, tensors)
-    return out, _state(features, *final[:3])
+    return out, state_of(features, *final[:3])
 
 
 def accumulate(
@@ -85,12 +87,12 @@ def accumulate(
 ) -> LinearState:
     """Add keys (N, S, H, E) and values (N, S, H, M) to a state."""
     if _must_be_seen(features):
-        k, features = _encoded(features.keys, k, features, key_mask), _given(features)
+        k, features = encode(features.keys, k, features, key_mask), given(features)
     _refuse_hidden(features, k)
-    tensors = (key_mask, k, v, *_sums(state))
-    settings = _settings(features, tensors, chunk=chunk_size or 0)
+    tensors = (key_mask, k, v, *sums_of(state))
+    settings = settings_of(features, tensors, chunk=chunk_size or 0)
     final = _run(Accumulate, settings, features, tensors)
-    return _state(features, *final)
+    return state_of(features, *final)
 
 
 def attend(
@@ -98,10 +100,10 @@ def attend(
 ) -> Tensor:
     """Look queries (N, L, H*R, E) up in a state: (N, L, H*R, M), in the dtype of the sums."""
     if _must_be_seen(features):
-        q, features = _encoded(features.queries, q, features), _given(features)
+        q, features = encode(features.queries, q, features), given(features)
     _refuse_hidden(features, q)
-    tensors = (q, *_sums(state))
-    settings = _settings(features, tensors, chunk=chunk_size or 0, eps=eps)
+    tensors = (q, *sums_of(state))
+    settings = settings_of(features, tensors, chunk=chunk_size or 0, eps=eps)
     return _run(Attend, settings, features, tensors)[0]
 
 
@@ -110,7 +112,7 @@ def _must_be_seen(features: Features) -> bool:
     return features.formula is None and torch.compiler.is_compiling()
 
 
-def _encoded(
+def encode(
     function: Callable[[Tensor], Tensor],
     x: Tensor,
     features: Features,
@@ -136,12 +138,14 @@ def _refuse_hidden(features: Features, x: Tensor) -> None:
         )
 
 
-def _given(features: Features) -> Features:
+def given(features: Features) -> Features:
     kind = "logarithm" if features.exponential else "identity"
     return Features(exponential=features.exponential, any_heads=True, formula=Formula(kind))
 
 
-def _settings(features: Features, tensors: tuple[Tensor | None, ...], **options: Any) -> Settings:
+def settings_of(
+    features: Features, tensors: tuple[Tensor | None, ...], **options: Any
+) -> Settings:
     formula = features.formula or Formula("")
     inputs = (*tensors, *features.parameters)
     keep = torch.is_grad_enabled() and any(
@@ -161,9 +165,9 @@ def _run(
     return run(function, settings.keep, *named, *tensors, *features.parameters)
 
 
-def _sums(state: LinearState | None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+def sums_of(state: LinearState | None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     return (None, None, None) if state is None else (state.kv, state.z, state.shift)
 
 
-def _state(features: Features, kv: Tensor, z: Tensor, shift: Tensor) -> LinearState:
+def state_of(features: Features, kv: Tensor, z: Tensor, shift: Tensor) -> LinearState:
     return LinearState(kv, z, shift if features.exponential else None)

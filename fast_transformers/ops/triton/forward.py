@@ -1,0 +1,204 @@
+"""Values of the queries: causal, from the sums before each chunk; or full, from all of them.
+
+    out_t = (p_t S + sum_{j<=t} (p_t.kappa_j) v_j) / (p_t.z + sum_{j<=t} p_t.kappa_j)
+
+with the sums S, z over the keys before the chunk, and the factors p of queries and kappa of
+keys. A program goes through the features of one block of queries, block by block; they are
+never all there. Exponential features: kappa is relative to the shift of the sums, which is no
+more than 2^SLACK below what a query of the chunk sees; p is also relative to the largest factor
+that its query has met so far, and what has been summed is lowered when that rises.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .maps import (
+    encode,
+    load_given,
+    load_rows,
+    load_weights,
+    offset_of,
+    operand,
+    project,
+    store_rows,
+)
+from .sums import LOWEST, SLACK, is_kept, load_shift, load_sums, locate
+
+
+@triton.jit
+def is_theirs(flags, index, map, FLAGGED: tl.constexpr):
+    """Whether a chunk is left to the FLAGGED kernel, for keys that exceed the shift too much."""
+    found = index >= 0
+    if flags is not None:
+        found = (tl.load(flags + index) != 0) == FLAGGED
+    return found
+
+
+@triton.jit
+def anchor_of(a, seen, shift):
+    """The shift that includes the rows which are ``seen`` (C,) of features a (C, BLOCK)."""
+    return tl.maximum(shift, tl.max(tl.where(seen[:, None], a, float("-inf")), 0))
+
+
+@triton.jit
+def first_far(
+    x, n, h, start, valid, given, offset, norms, seen, sums, index, map, BACK: tl.constexpr
+):
+    """Bounds of the rows that can share a shift that includes the rows ``seen`` by all of them.
+
+    The others exceed it by more than SLACK; forward or BACK, up to the next of those.
+    """
+    r = tl.arange(0, valid.shape[0])
+    bound = tl.full((valid.shape[0],), -1 if BACK else valid.shape[0], tl.int32)
+    for block in range(0, map.BLOCKS):
+        weights = load_weights(map, block)
+        u = project(x, n, h, start, valid, given, weights, block, map, False)
+        for part in tl.static_range(map.PARTS):
+            shift = load_shift(sums, index, block, part, map)
+            if BACK:
+                a = encode(u, None, None, block, part, map, False) - norms[:, None]
+            else:
+                a = encode(u, offset, valid, block, part, map, False)
+            anchor = anchor_of(a, seen, shift)
+            far = (tl.max(a - anchor[None, :], 1) > SLACK) & ~seen
+            if BACK:
+                bound = tl.maximum(bound, tl.where(far, r, -1))
+            else:
+                bound = tl.minimum(bound, tl.where(far, r, valid.shape[0]))
+    return tl.max(bound, 0) + 1 if BACK else tl.min(bound, 0)
+
+
+@triton.jit
+def look_up(
+    q, k, batch, h, of_key, start, first_key, valid, kept, given_q, given_k, offset, seen, sums,
+    index, column, map,
+    M: tl.constexpr, BLOCK_M: tl.constexpr, EXPONENTIAL: tl.constexpr, CAUSAL: tl.constexpr,
+    FLAGGED: tl.constexpr,
+):  # fmt: skip
+    """p S (C, M), p.z (C), the pairs p.kappa (C, CHUNK), and what p is relative to (C)."""
+    C: tl.constexpr = valid.shape[0]
+    top, bottom = tl.zeros((C, BLOCK_M), tl.float32), tl.zeros((C,), tl.float32)
+    offsets = tl.full((C,), LOWEST, tl.float32)
+    pairs = tl.zeros((C, kept.shape[0] if CAUSAL else 1), tl.float32)
+    for block in range(0, map.BLOCKS):
+        weights = load_weights(map, block)
+        u = project(q, batch, h, start, valid, given_q, weights, block, map, False)
+        if CAUSAL:
+            u_k = project(k, batch, of_key, first_key, kept, given_k, weights, block, map, False)
+        for part in tl.static_range(map.PARTS):
+            kv, z, shift = load_sums(sums, index, block, part, column, map, M, BLOCK_M)
+            p = encode(u, None, None, block, part, map, False)
+            if CAUSAL:
+                kappa = encode(u_k, offset, kept, block, part, map, False)
+            if EXPONENTIAL:
+                anchor = shift
+                if CAUSAL:
+                    if FLAGGED:
+                        anchor = anchor_of(kappa, seen, shift)
+                    kappa = tl.exp2(kappa - anchor[None, :])
+                p += anchor[None, :]
+                raised = tl.maximum(offsets, tl.max(p, 1))
+                decay, offsets = tl.exp2(offsets - raised), raised
+                top, bottom, pairs = top * decay[:, None], bottom * decay, pairs * decay[:, None]
+                p = tl.exp2(p - offsets[:, None])
+            if CAUSAL:
+                kappa = tl.trans(operand(kappa, map))
+                pairs = tl.dot(operand(p, map), kappa, pairs, input_precision=map.PRECISION)
+                if FLAGGED:
+                    p *= tl.exp2(shift - anchor)[None, :]
+            kv = kv.to(map.OPERAND)
+            top = tl.dot(operand(p, map), kv, top, input_precision=map.PRECISION)
+            bottom += tl.sum(p * z[None, :], 1)
+    return top, bottom, pairs, offsets
+
+
+@triton.jit
+def write(
+    out, norm, top, bottom, pairs, offsets, values, causal, valid, batch, h, start, length, heads,
+    eps, column, map,
+    M: tl.constexpr, EXPONENTIAL: tl.constexpr, CAUSAL: tl.constexpr,
+):  # fmt: skip
+    """Store the values, and what the backward pass needs of their denominators."""
+    if CAUSAL:
+        pairs = tl.where(causal, pairs, 0.0)
+        top = tl.dot(operand(pairs, map), values, top, input_precision=map.PRECISION)
+        bottom += tl.sum(pairs, 1)
+    if not EXPONENTIAL:
+        bottom += eps
+    none = bottom == 0.0
+    bottom = tl.where(none, 1.0, bottom)
+    top = tl.where(none[:, None], 0.0, top / bottom[:, None])
+    store_rows(out, top, batch, h, start, valid, column * top.shape[1], M)
+    if norm is not None and column == 0:
+        if EXPONENTIAL:
+            kept = tl.where(none, float("inf"), tl.log2(bottom) + offsets)
+        else:
+            kept = tl.where(none, 0.0, 1.0 / bottom)
+        row = start + tl.arange(0, valid.shape[0])
+        tl.store(norm + (batch * length + row) * heads + h, kept, valid)
+
+
+@triton.jit(do_not_specialize=["length", "heads", "parts", "mask_n"])
+def attend(
+    q, k, v, mask, mask_n, length, heads, table, parts, sums, flags, out, norm, eps, map,
+    GROUPS: tl.constexpr, M: tl.constexpr, BLOCK_M: tl.constexpr, C: tl.constexpr,
+    CHUNK: tl.constexpr, EXPONENTIAL: tl.constexpr, CAUSAL: tl.constexpr, FLAGGED: tl.constexpr,
+):  # fmt: skip
+    """One program per C queries of a head, of which GROUPS share a key head.
+
+    ``sums`` are those before the chunk if it is causal, else those of the sequence.
+    """
+    pid, column = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    h, key_heads = pid % heads, heads // GROUPS
+    of_key = h // GROUPS
+    batch, sequence, start, end, begin, stop, chunk = locate(
+        table, pid // heads, parts, C, length, CHUNK
+    )
+    index = sequence * key_heads + of_key
+    if CAUSAL:
+        index = chunk * key_heads + of_key
+    if is_theirs(flags, index, map, FLAGGED):
+        r = tl.arange(0, C)
+        valid = start + r < end
+        given_q = load_given(q, batch, h, start, valid, map)
+        if CAUSAL:
+            j = tl.arange(0, CHUNK)
+            first_key = begin + (start - begin) // CHUNK * CHUNK
+            ahead = start - first_key
+            kept = is_kept(mask, mask_n, batch, first_key + j, first_key, end)
+            given_k = load_given(k, batch, of_key, first_key, kept, map)
+            offset = offset_of(given_k, kept, map)
+            causal = (r + ahead)[:, None] >= j[None, :]
+            values = load_rows(v, batch, of_key, first_key, kept, column * BLOCK_M, M, BLOCK_M)
+            values = values.to(map.OPERAND)
+        else:
+            first_key, kept, given_k, offset, causal, values = 0, None, None, None, None, None
+        if FLAGGED:
+            low = 0
+            while low < C:
+                seen = j <= ahead + low
+                high = first_far(
+                    k, batch, of_key, first_key, kept, given_k, offset, None, seen, sums, index,
+                    map, False,
+                ) - ahead  # fmt: skip
+                top, bottom, pairs, offsets = look_up(
+                    q, k, batch, h, of_key, start, first_key, valid, kept, given_q, given_k,
+                    offset, seen, sums, index, column, map, M, BLOCK_M, EXPONENTIAL, CAUSAL, True,
+                )  # fmt: skip
+                now = valid & (r >= low) & (r < high)
+                write(
+                    out, norm, top, bottom, pairs, offsets, values, causal, now, batch, h, start,
+                    length, heads, eps, column, map, M, EXPONENTIAL, CAUSAL,
+                )  # fmt: skip
+                low = high
+        else:
+            top, bottom, pairs, offsets = look_up(
+                q, k, batch, h, of_key, start, first_key, valid, kept, given_q, given_k, offset,
+                None, sums, index, column, map, M, BLOCK_M, EXPONENTIAL, CAUSAL, False,
+            )  # fmt: skip
+            write(
+                out, norm, top, bottom, pairs, offsets, values, causal, valid, batch, h, start,
+                length, heads, eps, column, map, M, EXPONENTIAL, CAUSAL,
+            )  # fmt: skip
