@@ -171,8 +171,10 @@ class ActivationFunctionFeatureMap(FeatureMap):
         return self.activation_function(x)
 
     def formula(self) -> Formula | None:
-        kinds = (kind for function, kind in _KINDS if function is self.activation_function)
-        return next(map(Formula, kinds), None)
+        for function, formula in _FORMULAS_OF:
+            if function is self.activation_function:
+                return formula
+        return None
 
     def kernel(self, x: Tensor, y: Tensor) -> Tensor:
         return (self(x) * self(y)).sum(-1)
@@ -187,10 +189,10 @@ def elu_plus_one(x: Tensor) -> Tensor:
     return (x - positive).exp() + positive
 
 
-_KINDS = (
-    (elu_plus_one, "elu_plus_one"),
-    (torch.relu, "relu"),
-    (nn.functional.relu, "relu"),
+_FORMULAS_OF = (
+    (elu_plus_one, Formula("elu_plus_one")),
+    (torch.relu, Formula("relu")),
+    (nn.functional.relu, Formula("relu")),
 )
 
 

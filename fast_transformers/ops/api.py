@@ -12,7 +12,7 @@ from .choose import resolve
 from .features import IDENTITY, Features, sum_dtype, without_autocast
 from .fused_step import fused_step, why_not_fused_step
 from .state import Attended, LinearState, as_state
-from .step import absorb, kind_of, look_up
+from .step import absorb, encode, encode_both, kind_of, look_up
 
 State = LinearState | Sequence[Tensor] | None
 _FORMS: dict[str, Callable[..., tuple[Tensor, LinearState]]] = {
@@ -148,7 +148,9 @@ def linear_attention_step(
         if k is None or v is None:
             if state is None:
                 raise ValueError("state must be given when there is no key and value to absorb")
-            kind = kind_of(features, state.kv.dtype, q, *sums)
+            dtype = state.kv.dtype
+            kind = kind_of(features, dtype, q, *sums)
+            b = encode(q, features, kind, dtype, of_keys=False)
         else:
             checks.check_inputs(q, k, v, dim=3)
             dtype = sum_dtype(q, k, v)
@@ -156,8 +158,9 @@ def linear_attention_step(
             kind = kind_of(features, dtype, q, k, v, *sums)
             if why_not_fused_step(q, k, v, features, kind, state) is None:
                 return Attended(*fused_step(q, k, v, features, state, eps=eps, inplace=inplace))
-            state = absorb(k, v, features, kind, state=state, dtype=dtype, inplace=inplace)
-        values = look_up(q, state, features, kind, eps=eps, seen=k is not None)
+            b, a = encode_both(q, k, features, kind, dtype)
+            state = absorb(a, v, features, kind, state=state, inplace=inplace)
+        values = look_up(b, state, kind, eps=eps, seen=k is not None)
         return Attended(values if values.dtype == q.dtype else values.to(q.dtype), state)
 
 

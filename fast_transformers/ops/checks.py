@@ -95,21 +95,22 @@ def check_state(
     """A state that ``n`` sequences can continue; its number of features is checked on use."""
     if state is None:
         return
-    h, m = v.shape[-2], v.shape[-1]
+    h, m = v.shape[-2:]
     again = "start a new sequence with state=None"
-    if state.kv.ndim != 4 or state.z.shape != state.kv.shape[:3]:
+    shape = state.kv.shape
+    if len(shape) != 4 or state.z.shape != shape[:3]:
         raise ValueError(
             "state must hold kv (N, H, F, M) and z (N, H, F), got "
-            f"{tuple(state.kv.shape)} and {tuple(state.z.shape)}"
+            f"{tuple(shape)} and {tuple(state.z.shape)}"
         )
-    if state.kv.shape[0] != n:
+    if shape[0] != n:
         raise ValueError(
-            f"The batch size changed during iteration: the state is for {state.kv.shape[0]} "
+            f"The batch size changed during iteration: the state is for {shape[0]} "
             f"sequences, the inputs are for {n}; {again}, or pick rows with state.reorder(rows)"
         )
-    if state.kv.shape[1] != h or state.kv.shape[3] != m:
+    if shape[1] != h or shape[3] != m:
         raise ValueError(
-            f"state is for {state.kv.shape[1]} heads of {state.kv.shape[3]} value dimensions, "
+            f"state is for {shape[1]} heads of {shape[3]} value dimensions, "
             f"the inputs have {h} of {m}; {again}"
         )
     if state.kv.dtype != dtype or state.z.dtype != dtype:

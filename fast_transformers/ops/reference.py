@@ -17,7 +17,7 @@ from .features import Features, sum_dtype
 from .kinds import LOG2E
 from .scaling import lowest
 from .state import LinearState
-from .step import absorb, kind_of, look_up
+from .step import absorb, encode, kind_of, look_up
 from .sums import empty_sums
 
 
@@ -118,8 +118,14 @@ def recurrent(
     out = [q.new_zeros(*q.shape[:1], 0, q.shape[2], v.shape[-1], dtype=dtype)]
 
     def see(j: int) -> LinearState:
-        keep = None if key_mask is None else key_mask[:, j]
-        return absorb(k[:, j], v[:, j], features, kind, keep=keep, state=state, dtype=dtype)
+        if key_mask is None:
+            a = encode(k[:, j], features, kind, dtype, of_keys=True)
+            return absorb(a, v[:, j], features, kind, state=state)
+        drop = ~key_mask[:, j, None, None]  # what may hold anything, and is not absorbed
+        key, value = (x[:, j].masked_fill(drop, 0) for x in (k, v))
+        a = encode(key, features, kind, dtype, of_keys=True)
+        a = a.masked_fill(drop, -math.inf if features.exponential else 0)
+        return absorb(a, value, features, kind, state=state)
 
     if not causal:
         for j in range(k.shape[1]):
@@ -127,5 +133,6 @@ def recurrent(
     for i in range(q.shape[1]):
         if causal and i < k.shape[1]:
             state = see(i)
-        out.append(look_up(q[:, i], state, features, kind, eps=eps)[:, None])
+        b = encode(q[:, i], features, kind, dtype, of_keys=False)
+        out.append(look_up(b, state, kind, eps=eps)[:, None])
     return torch.cat(out, 1), state

@@ -36,12 +36,13 @@ class RecurrentLinearAttention(KernelAttention):
         The state that is passed in stays as it is. A state from
         :func:`fast_transformers.ops.causal_linear_attention` continues a whole sequence.
         """
-        draw_once(self.feature_map, query.device)
+        feature_map = self.feature_map
+        draw_once(feature_map, query.device)
         return ops.linear_attention_step(
             query,
             key,
             value,
-            features_of(self.feature_map),
+            features_of(feature_map),
             state=check_state(state, memory),
             eps=self.eps,
         )
