@@ -16,17 +16,19 @@ from torch.autograd import Function
 
 from . import operators
 from .call import Settings
-from .features import Features
+from .features import Features, transforming
 
 USE_REFERENCE = "pass impl='reference' to the functions in fast_transformers.ops for this"
 
 
 def run(function: type[Function], differentiable: bool, *args: Any) -> Any:
-    """``function.apply(*args)``; a compiler is shown autograd functions for gradients only.
+    """``function.apply(*args)``, where there is something to differentiate.
 
-    Dynamo of torch 2.13 traces ``apply`` wrongly where no gradient is wanted.
+    Where there is not it takes as long as a dozen operations, and Dynamo of torch 2.13 traces it
+    wrongly.
     """
-    if torch.compiler.is_compiling() and not differentiable:
+    plain = not (torch.is_grad_enabled() or transforming())
+    if not differentiable and (plain or torch.compiler.is_compiling()):
         return function.forward(*args)
     try:
         return function.apply(*args)
