@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from . import cpu, environments
+from . import cpu, environments, gpu
 from .log import Log
 
 
@@ -20,13 +20,17 @@ def main() -> int:
     cpu.add_arguments(here)
     here.set_defaults(run=cpu.run)
 
+    here = add("gpu", help="measure on a CUDA device", description=gpu.__doc__)
+    gpu.add_arguments(here)
+    here.set_defaults(run=gpu.run)
+
     here = add("older-library", help="the environment of the libraries it is compared with")
     environments.add_arguments(here)
     here.set_defaults(run=environments.run)
 
     here = add("report", help="tables and figures of an earlier run")
-    here.add_argument("log", type=Path, help="a .jsonl file that cpu wrote")
-    here.add_argument("--readme", action="store_true", help="make it the README's latest")
+    here.add_argument("log", type=Path, help="a .jsonl file that cpu or gpu wrote")
+    here.add_argument("--readme", action="store_true", help="make it the README's latest (cpu)")
     here.set_defaults(run=report)
 
     args = parser.parse_args()
@@ -35,7 +39,11 @@ def main() -> int:
 
 def report(args: argparse.Namespace) -> int:
     """Write the tables and figures of a log again."""
-    cpu.publish(Log.open(args.log), args.readme)
+    log = Log.open(args.log)
+    if "card" in log.records[0]:
+        gpu.publish(log)
+    else:
+        cpu.publish(log, args.readme)
     return 0
 
 

@@ -10,6 +10,7 @@ from .tables import SECTIONS, cases, describe
 
 # one colour per implementation, one line style per map
 COLOURS = {"ours": "C0", "older library": "C1", "performer-pytorch": "C2", "SDPA": "black"}
+COLOURS |= {"fla": "C3", "einsum": "C4"}  # on a GPU
 STYLES = {"elu+1": "-", "Favor 256": "--", None: ":"}
 MARKERS = {"elu+1": "o", "Favor 256": "s", None: "^"}
 
@@ -25,7 +26,7 @@ def _time(records: list[Record], stem: Path) -> Path | None:
         for s, title in SECTIONS.items()
         for case in cases(records, s)
     ]
-    return _panels(panels, "seconds", 1e3, "ms", Path(f"{stem}-time.png"))
+    return draw_panels(panels, "seconds", 1e3, "ms", Path(f"{stem}-time.png"))
 
 
 def _memory(records: list[Record], stem: Path) -> Path | None:
@@ -36,12 +37,13 @@ def _memory(records: list[Record], stem: Path) -> Path | None:
             here = [r for r in here if "bytes" in r and r["map"] in STYLES]
             if here:
                 panels.append((f"{title}, {which}, B=1", here))
-    return _panels(panels, "bytes", 2**-20, "extra peak MiB", Path(f"{stem}-memory.png"))
+    return draw_panels(panels, "bytes", 2**-20, "extra peak MiB", Path(f"{stem}-memory.png"))
 
 
-def _panels(
+def draw_panels(
     panels: list[tuple[str, list[Record]]], field: str, scale: float, label: str, path: Path
 ) -> Path | None:
+    """Write a figure of ``scale`` times a field of the records over their lengths, if any."""
     if not panels:
         return None
     import matplotlib
