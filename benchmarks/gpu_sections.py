@@ -95,11 +95,9 @@ def first_line(error: Exception) -> str:
 
 def attention(session: Session) -> None:
     """Both forms of all contenders at every length."""
-    for causal in (True, False):
-        section = "causal" if causal else "full"
-        for contender in CONTENDERS:
-            if causal not in contender.forms:
-                continue
+    for contender in CONTENDERS:
+        for causal in contender.forms:
+            section = "causal" if causal else "full"
             case = {"contender": contender.name, "map": contender.map}
             if not contender.installed:
                 session.log.add(section, **case, skipped=f"{contender.needs} is not installed")
