@@ -39,7 +39,7 @@ BFLOAT16 = {"dtype": torch.bfloat16}
         ({"missing": "Triton is not installed"}, "Triton is not installed"),
         (
             {"gpu": SimpleNamespace(major=7, minor=5)},
-            "the GPU has compute capability 7.5, kernels need 8.0",
+            "the GPU has compute capability 7.5, kernels are sized for 9.0 (Hopper)",
         ),
         ({"gpu": None}, "there is no CUDA device"),
         ({"exporting": True}, "an exported program is made of ordinary operations"),
@@ -48,7 +48,7 @@ BFLOAT16 = {"dtype": torch.bfloat16}
 def test_why_there_are_no_kernels(monkeypatch, call, reason) -> None:
     """As if there were a GPU; "auto" and the explanation follow from the reason."""
     call = {"causal": True, "length": 10, "keys": 10, "device": "cuda", **call}
-    gpu = call.pop("gpu", SimpleNamespace(major=8, minor=0))
+    gpu = call.pop("gpu", SimpleNamespace(major=9, minor=0))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu is not None)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: gpu)
     monkeypatch.setattr(choose, "INTERPRETED", False)

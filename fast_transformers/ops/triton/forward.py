@@ -4,9 +4,9 @@
 
 with the sums S, z over the keys before the chunk, and the factors p of queries and kappa of
 keys. A program goes through the features of one block of queries, block by block; they are
-never all there. Exponential features: kappa is relative to the shift of the sums, which is no
-more than 2^SLACK below what a query of the chunk sees; p is also relative to the largest factor
-that its query has met so far, and what has been summed is lowered when that rises.
+never all there. Exponential features: kappa is at most 2^SLACK relative to the shift of the
+sums, which every query of the chunk has seen; p is also relative to the largest factor that its
+query has met so far, and what has been summed is lowered when that rises.
 """
 
 from __future__ import annotations
