@@ -63,8 +63,18 @@ def _missing() -> str | None:
 MISSING = _missing()  # once, where no compiler looks
 
 
+UNFIT: dict[int | None, str | None] = {}  # what was found: asking takes as long as a kernel
+
+
 def _unfit(index: int | None) -> str | None:
-    """Why kernels do not run on a CUDA device; in words that a compiler takes for constants."""
+    """Why kernels do not run on a CUDA device."""
+    if index not in UNFIT:
+        UNFIT[index] = _misfit(index)
+    return UNFIT[index]
+
+
+def _misfit(index: int | None) -> str | None:
+    """In words that a compiler takes for constants."""
     if torch.version.hip is not None:
         return "kernels are for GPUs of NVIDIA"
     if not torch.cuda.is_available():

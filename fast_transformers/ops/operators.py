@@ -40,15 +40,18 @@ def operator(name: str, schema: str, fake: Callable[..., Results]) -> Callable[.
                 return function(*args)
 
         def named(*args: Any) -> Results:
-            return run(Settings(*args[:6]), None, *args[6:])
+            return run(Settings(args[0], tuple(args[1]), *args[2:6]), None, *args[6:])
 
         def shapes(*args: Any) -> Results:
             return fake(Settings(*args[:6]), *args[6:])
 
-        registered = torch.library.custom_op(
-            f"fast_transformers::{name}", named, mutates_args=(), schema=f"({_SETTINGS}{schema}"
-        )
-        registered.register_fake(shapes)
+        # not by custom_op, whose calls take as long as several small kernels
+        qualified = f"fast_transformers::{name}"
+        torch.library.define(qualified, f"({_SETTINGS}{schema}", tags=torch.Tag.pt2_compliant_tag)
+        torch.library.impl(qualified, "CompositeExplicitAutograd", named)
+        torch.library.impl(qualified, "Autograd", torch.library.fallthrough_kernel)
+        torch.library.register_fake(qualified, shapes)
+        registered = getattr(torch.ops.fast_transformers, name).default
 
         def call(
             settings: Settings, features: Features | None, projection: Tensor | None, *tensors: Any

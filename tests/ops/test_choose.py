@@ -49,6 +49,7 @@ def test_why_there_are_no_kernels(monkeypatch, call, reason) -> None:
     """As if there were a GPU; "auto" and the explanation follow from the reason."""
     call = {"causal": True, "length": 10, "keys": 10, "device": "cuda", **call}
     gpu = call.pop("gpu", SimpleNamespace(major=9, minor=0))
+    monkeypatch.setattr(choose, "UNFIT", {})
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu is not None)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: gpu)
     monkeypatch.setattr(choose, "INTERPRETED", False)
