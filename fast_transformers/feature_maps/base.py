@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import Formula
+from ..ops.elementwise import NAMES, formula_of
 
 
 class _Factory:
@@ -171,10 +172,7 @@ class ActivationFunctionFeatureMap(FeatureMap):
         return self.activation_function(x)
 
     def formula(self) -> Formula | None:
-        for function, formula in _FORMULAS_OF:
-            if function is self.activation_function:
-                return formula
-        return None
+        return formula_of(self.activation_function)
 
     def kernel(self, x: Tensor, y: Tensor) -> Tensor:
         return (self(x) * self(y)).sum(-1)
@@ -189,11 +187,7 @@ def elu_plus_one(x: Tensor) -> Tensor:
     return (x - positive).exp() + positive
 
 
-_FORMULAS_OF = (
-    (elu_plus_one, Formula("elu_plus_one")),
-    (torch.relu, Formula("relu")),
-    (nn.functional.relu, Formula("relu")),
-)
+NAMES[elu_plus_one] = "elu_plus_one"
 
 
 def elu_feature_map(query_dims: int) -> ActivationFunctionFeatureMap:

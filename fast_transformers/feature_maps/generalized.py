@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..ops import Formula
+from ..ops.elementwise import formula_of
 from .random import RandomFeatureMap
 
 
@@ -61,9 +62,7 @@ class GeneralizedRandomFeatures(RandomFeatureMap):
         return self.kernel_fn(self.project(x)[1]).to(x.dtype)
 
     def formula(self) -> Formula | None:
-        if self.kernel_fn not in (torch.relu, torch.nn.functional.relu):
-            return None
-        return Formula("projected_relu", self.omega, (self.softmax_temp,))
+        return formula_of(self.kernel_fn, self.omega, (self.softmax_temp,))
 
     def kernel(self, x: Tensor, y: Tensor) -> Tensor:
         """F E[f(w.x') f(w.y')], w ~ N(0, I).

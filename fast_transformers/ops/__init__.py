@@ -24,6 +24,7 @@ over all keys (:func:`linear_attention`) or over the keys j <= i
 
 from .api import causal_linear_attention, linear_attention, linear_attention_step
 from .choose import FORMS, explain, why_not
+from .elementwise import register_elementwise
 from .features import Features
 from .kinds import Formula
 from .state import Attended, LinearState
@@ -38,5 +39,6 @@ __all__ = [
     "explain",
     "linear_attention",
     "linear_attention_step",
+    "register_elementwise",
     "why_not",
 ]

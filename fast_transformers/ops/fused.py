@@ -130,11 +130,11 @@ def fused(
     causal: bool,
 ) -> Results:
     """Values, the final sums (3), and what the backward pass needs of the denominators."""
-    from .triton import launch
+    from .triton import passes
 
-    state = launch.Sums(*map(_contiguous, (kv, z, shift)))
+    state = passes.Sums(*map(_contiguous, (kv, z, shift)))
     with torch.cuda.device_of(q):
-        out, final, norm = launch.forward(
+        out, final, norm = passes.attend(
             settings, causal, projection, key_mask, q, k, v, state,
             *_starts(q, cu_seqlens, cu_seqlens_keys),
         )  # fmt: skip
@@ -184,15 +184,15 @@ def fused_backward(
     causal: bool,
 ) -> Results:
     """Gradients of q, k, v, and of the initial kv and z, which are empty if there are none."""
-    from .triton import launch
+    from .triton import passes
 
-    state = launch.Sums(*map(_contiguous, (kv, z, shift)))
+    state = passes.Sums(*map(_contiguous, (kv, z, shift)))
     sums = final_kv, final_z, final_shift if KINDS[settings.kind].exponential else None
     final = (None if x is None else x.flatten(0, 1) for x in sums)
     with torch.cuda.device_of(q):
-        gradients = launch.backward(
+        gradients = passes.differentiate(
             settings, causal, projection, key_mask, q, k, v, state, out, norm,
-            launch.Sums(*final), d_out, d_kv, d_z, *_starts(q, cu_seqlens, cu_seqlens_keys),
+            passes.Sums(*final), d_out, d_kv, d_z, *_starts(q, cu_seqlens, cu_seqlens_keys),
         )  # fmt: skip
     return tuple(q.new_empty(0, dtype=torch.float32) if x is None else x for x in gradients)
 

@@ -39,6 +39,7 @@ class Kind:
 
     exponential = False
     positive = False  # no feature below 0; above 0, if exponential
+    never_zero = True  # above 0, so that no denominator is small; or given by the caller
 
     def __init__(self, formula: Formula, dtype: torch.dtype) -> None:
         """Prepare what all chunks share; ``dtype`` is that of the sums."""
@@ -100,6 +101,7 @@ class Relu(Kind):
     """relu(x), with the derivative 0 at 0."""
 
     positive = True
+    never_zero = False
 
     def value(self, x: Tensor) -> Tensor:
         return x.relu()
@@ -111,6 +113,7 @@ class Relu(Kind):
 class Projected(Kind):
     """f(u), u = sqrt(softmax_temp) x omega; ``numbers`` begins with the softmax_temp."""
 
+    never_zero = False
     per_direction = 1
     unit = 1.0  # of u
 
@@ -199,7 +202,7 @@ class Hyperbolic(Projected):
     """
 
     exponential = True
-    positive = True
+    positive = never_zero = True
     per_direction = 2
     unit = LOG2E
 

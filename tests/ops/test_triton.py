@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import runpy
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -12,7 +13,12 @@ from torch import Tensor
 from torch.library import opcheck
 
 from fast_transformers import ops
-from fast_transformers.feature_maps import Favor, features_of
+from fast_transformers.feature_maps import (
+    ActivationFunctionFeatureMap,
+    Favor,
+    GeneralizedRandomFeatures,
+    features_of,
+)
 from fast_transformers.ops import Features, Formula, LinearState
 from fast_transformers.ops.call import Settings
 from fast_transformers.ops.kinds import KINDS
@@ -45,11 +51,14 @@ if DEVICE.type == "cuda":  # the interpreter is slow
 
 
 @pytest.fixture(autouse=True)
-def _short_segments(monkeypatch: pytest.MonkeyPatch) -> None:
+def _short_segments(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Sequences of 65 tokens are already cut in two."""
     config = launch.config
     monkeypatch.setattr(launch, "SHORTEST", 32)
     monkeypatch.setattr(launch, "config", lambda *args: config(*args)._replace(programs=8))
+    launch.forget()
+    yield
+    launch.forget()
 
 
 def features(kind: str) -> Features:
@@ -60,6 +69,11 @@ def features(kind: str) -> Features:
         return features_of(feature_map)
     exponential = KINDS[kind].exponential
     return Features(exponential=exponential, any_heads=True, formula=Formula(kind))
+
+
+@pytest.fixture(scope="module")
+def squared_relu() -> Callable[[Tensor], Tensor]:
+    return runpy.run_path("examples/squared_relu.py")["squared_relu"]
 
 
 def make(
@@ -315,3 +329,20 @@ def test_torch_func() -> None:
     (gradient,) = torch.autograd.grad(loss(x, k[0], v[0]), x, create_graph=True)
     with pytest.raises(RuntimeError, match=r"second derivatives.*impl='reference'"):
         gradient.sum().backward()
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+@pytest.mark.parametrize("projected", [False, True])
+def test_registered_function(function, projected, squared_relu) -> None:
+    """On chip, in both directions, in kernels and in the chunked form."""
+    if projected:
+        feature_map = GeneralizedRandomFeatures(E, 12, kernel_fn=squared_relu, generator=1)
+    else:
+        feature_map = ActivationFunctionFeatureMap(E, squared_relu)
+    attend = partial(FUNCTIONS[function], features=features_of(feature_map.to(DEVICE)))
+    inputs = make(70, H=1)
+    assert attend.keywords["features"].formula is not None
+    check(attend, inputs)
+    exact = differentiate(partial(attend, impl="reference"), [x.double() for x in inputs])
+    for a, e in zip(differentiate(partial(attend, impl="chunked"), inputs), exact, strict=True):
+        torch.testing.assert_close(a.double(), e, rtol=1e-4, atol=1e-4)

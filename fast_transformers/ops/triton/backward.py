@@ -32,19 +32,6 @@ from .maps import (
 from .sums import INFINITY, is_kept, load_number, load_sums, locate
 
 
-@triton.jit(do_not_specialize=["length", "heads"])
-def row_dots(x, y, to, length, heads, M: tl.constexpr, BLOCK_M: tl.constexpr, C: tl.constexpr):
-    """x.y of every row, contiguous (N, length, H)."""
-    pid = tl.program_id(0).to(tl.int64)
-    blocks = tl.cdiv(length, C)
-    h, n, start = pid % heads, pid // heads // blocks, pid // heads % blocks * C
-    row = start + tl.arange(0, C)
-    valid = row < length
-    a = load_rows(x, n, h, start, valid, 0, M, BLOCK_M).to(tl.float32)
-    b = load_rows(y, n, h, start, valid, 0, M, BLOCK_M).to(tl.float32)
-    tl.store(to + (n * length + row) * heads + h, tl.sum(a * b, 1), valid)
-
-
 @triton.jit
 def write_dq(
     q, k, dq, batch, h, of_key, start, first_key, valid, now, kept, given_q, given_k, offset, seen,
@@ -62,7 +49,7 @@ def write_dq(
             u_k = project(k, batch, of_key, first_key, kept, given_k, weights, block, map, False)
         for part in tl.static_range(map.PARTS):
             kv, z, shift = load_sums(sums, index, block, part, 0, map, M, BLOCK_M)
-            kv = tl.trans(kv.to(map.OPERAND))
+            kv = tl.trans(operand(kv, map))
             db = tl.dot(do, kv, input_precision=map.PRECISION) - deltas[:, None] * z[None, :]
             anchor = shift
             if CAUSAL:
@@ -88,11 +75,12 @@ def write_dq(
 
 @triton.jit(do_not_specialize=["length", "heads", "parts", "mask_n"])
 def differentiate_queries(
-    q, k, v, mask, mask_n, length, heads, table, parts, sums, flags, d_out, norm, delta, dq, map,
+    q, k, v, mask, mask_n, length, heads, table, parts, sums, flags, d_out, norm, delta, out, dq,
+    map,
     GROUPS: tl.constexpr, M: tl.constexpr, BLOCK_M: tl.constexpr, C: tl.constexpr,
     CHUNK: tl.constexpr, EXPONENTIAL: tl.constexpr, CAUSAL: tl.constexpr, FLAGGED: tl.constexpr,
 ):  # fmt: skip
-    """As ``forward.attend``, with all value dimensions."""
+    """As ``forward.attend``, with all value dimensions; delta is stored for what comes after."""
     pid = tl.program_id(0).to(tl.int64)
     h, key_heads = pid % heads, heads // GROUPS
     of_key = h // GROUPS
@@ -108,8 +96,11 @@ def differentiate_queries(
         given_q = load_given(q, batch, h, start, valid, map)
         other = INFINITY if EXPONENTIAL else 0.0
         norms = load_number(norm, batch, start + r, h, length, heads, valid, other)
-        deltas = load_number(delta, batch, start + r, h, length, heads, valid, 0.0)
-        do = load_rows(d_out, batch, h, start, valid, 0, M, BLOCK_M).to(map.OPERAND)
+        do = load_rows(d_out, batch, h, start, valid, 0, M, BLOCK_M)
+        y = load_rows(out, batch, h, start, valid, 0, M, BLOCK_M).to(tl.float32)
+        deltas = tl.sum(do.to(tl.float32) * y, 1)
+        tl.store(delta + (batch * length + start + r) * heads + h, deltas, valid)
+        do = do.to(map.OPERAND)
         if CAUSAL:
             j = tl.arange(0, CHUNK)
             first_key = begin + (start - begin) // CHUNK * CHUNK
@@ -166,7 +157,7 @@ def write_dk_dv(
             u_q = project(q, batch, h, first_query, valid, given_q, weights, block, map, False)
         for part in tl.static_range(map.PARTS):
             kv, z, shift = load_sums(sums, index, block, part, 0, map, M, BLOCK_M)
-            kv = kv.to(map.OPERAND)
+            kv = operand(kv, map)
             kappa = encode(u, offset, kept, block, part, map, False)
             da = tl.dot(values, tl.trans(kv), input_precision=map.PRECISION) - z[None, :]
             anchor = shift

@@ -108,7 +108,7 @@ def look_up(
                 pairs = tl.dot(operand(p, map), kappa, pairs, input_precision=map.PRECISION)
                 if FLAGGED:
                     p *= tl.exp2(shift - anchor)[None, :]
-            kv = kv.to(map.OPERAND)
+            kv = operand(kv, map)
             top = tl.dot(operand(p, map), kv, top, input_precision=map.PRECISION)
             bottom += tl.sum(p * z[None, :], 1)
     return top, bottom, pairs, offsets

@@ -1,9 +1,16 @@
-"""Element-wise functions and their derivatives, float32 to float32, and how to add one."""
+"""Element-wise functions and their derivatives, float32 to float32.
+
+Those of users are registered in :mod:`..elementwise`.
+"""
 
 from __future__ import annotations
 
+from typing import Any
+
 import triton
 import triton.language as tl
+
+from ..elementwise import KERNELS
 
 
 @triton.jit
@@ -36,8 +43,12 @@ def relu_slope(x):
     return tl.where(x > 0.0, 1.0, 0.0)
 
 
-FUNCTIONS = {
-    "identity": (identity, one),
+_FUNCTIONS = {
     "elu_plus_one": (elu_plus_one, elu_plus_one_slope),
     "relu": (relu, relu_slope),
 }
+
+
+def functions_of(name: str) -> tuple[Any, Any]:
+    """Value and slope; those of the identity for kinds that need none."""
+    return _FUNCTIONS.get(name) or KERNELS.get(name) or (identity, one)

@@ -13,6 +13,10 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
+from ..choose import INTERPRETED
+
+ON_GPU = tl.constexpr(not INTERPRETED)
+
 
 class Rows(NamedTuple):
     """A tensor (N, length, H, dim) of any strides."""
@@ -64,11 +68,18 @@ class Map(NamedTuple):
 
 @triton.jit
 def operand(x, map):
-    """A float32 tile as a factor of products."""
-    if map.OPERAND == tl.bfloat16:  # two at a time: one by one takes as long as exponentials
-        x = tl.inline_asm_elementwise(
-            "cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,r,r", [x], tl.bfloat16, is_pure=True, pack=2
-        )
+    """A tile as a factor of products."""
+    if x.dtype == tl.float32:
+        if map.OPERAND == tl.bfloat16:  # two at a time: one by one takes as long as exponentials
+            x = tl.inline_asm_elementwise(
+                "cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,r,r", [x], tl.bfloat16, is_pure=True, pack=2
+            )
+        elif ON_GPU and map.PRECISION == "tf32":  # products cut off what they do not take
+            x = tl.inline_asm_elementwise(
+                "cvt.rna.tf32.f32 $0, $1;", "=r,r", [x], tl.float32, is_pure=True, pack=1
+            )
+    else:
+        x = x.to(map.OPERAND)
     return x
 
 

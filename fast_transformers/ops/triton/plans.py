@@ -13,7 +13,7 @@ from triton import next_power_of_2
 
 from ..choose import INTERPRETED
 from ..kinds import KINDS, LOG2E, Formula
-from .functions import FUNCTIONS
+from .functions import functions_of
 from .maps import Map
 
 
@@ -27,7 +27,7 @@ class Config(NamedTuple):
         chunk: rows between two stored sums, a multiple of ``rows``.
         columns: value dimensions of a program, where they can be worked on apart.
         registers: most of them a thread, None to leave it to the compiler.
-        stages: of programs with rows, and of those that walk.
+        stages: of programs with rows, of those that walk, and of those that carry sums.
         programs: segments are made until there are that many.
     """
 
@@ -39,19 +39,33 @@ class Config(NamedTuple):
     registers: int | None
     stages: int
     walk_stages: int
+    carry_stages: int
     programs: int
 
 
 WARPS = 4
 
 
-def config(m: int, projected: bool, dtype: torch.dtype) -> Config:
+def config(m: int, projected: bool, operand: torch.dtype) -> Config:
     columns = min(64, size_of(m))
-    if dtype != torch.bfloat16:  # products of float32 factors, which take twice the memory
-        return Config(32, 32, 32, 64, columns, None, 1, 1, 1024)
+    if operand == torch.float32:  # factors that take twice the memory
+        return Config(32, 32, 32, 64, columns, None, 1, 1, 1, 1024)
     if projected:
-        return Config(32, 64, 64, 64, columns, 168, 2, 3, 1024)
-    return Config(64, 64, 64, 64, columns, None, 2, 3, 1024)
+        return Config(32, 64, 64, 64, columns, 168, 2, 3, 2, 1024)
+    return Config(64, 64, 64, 64, columns, None, 2, 3, 2, 1024)
+
+
+def operand_of(kind: str, dtype: torch.dtype) -> tuple[torch.dtype, str]:
+    """Dtype of the factors of products for inputs of a dtype, and precision of those in float32.
+
+    Denominators that may be small make the errors of features larger, which then get more
+    precision than the inputs have.
+    """
+    exact = not KINDS[kind].never_zero
+    if dtype == torch.bfloat16:
+        return (torch.float32, "tf32") if exact else (dtype, "tf32")
+    short = tf32() or (dtype == torch.float16 and not exact)
+    return torch.float32, "tf32" if short else "tf32x3"
 
 
 def size_of(n: int) -> int:
@@ -59,16 +73,17 @@ def size_of(n: int) -> int:
     return max(16, next_power_of_2(n))
 
 
-def map_of(formula: Formula, x: Tensor, block: int) -> Map:
-    kind, dims, dtype = formula.kind, x.shape[-1], x.dtype
-    features = KINDS[kind].width(formula, dims)
-    weights, scale, back, first, second = None, 1.0, 1.0, 0.0, 0.0
+def map_of(formula: Formula, dims: int, dtype: torch.dtype, block: int) -> tuple[Map, torch.dtype]:
+    """The map of inputs (..., dims) of a dtype, without its weights, and their dtype."""
+    kind, features = formula.kind, KINDS[formula.kind].width(formula, dims)
+    scale, back, first, second = 1.0, 1.0, 0.0, 0.0
     name, function, parts, pairs = "elementwise", kind, 1, features
     if INTERPRETED and dtype == torch.bfloat16:  # whose products the interpreter gets wrong
         dtype = torch.float32
+    operand, precision = operand_of(kind, dtype)
     if formula.projection is not None:
-        weights = formula.projection.to(dtype).contiguous()
-        pairs, parts = weights.shape[1], features // weights.shape[1]
+        pairs = formula.projection.shape[1]
+        parts = features // pairs
         scale = back = formula.numbers[0] ** 0.5
         name, _, function = kind.partition("_")
         if kind == "hyperbolic":
@@ -79,19 +94,18 @@ def map_of(formula: Formula, x: Tensor, block: int) -> Map:
             second = formula.numbers[1] ** 0.5 if kind == "smoothed_fourier" else 0.0
     elif kind == "logarithm":
         name = kind
-    value, slope = FUNCTIONS.get(function, FUNCTIONS["identity"])
+    value, slope = functions_of(function)
     directions = pairs + (features > parts * pairs)
     block = min(block, size_of(directions))
-    operand = tl.bfloat16 if dtype == torch.bfloat16 else tl.float32
-    precision = "tf32" if dtype == torch.float16 or _tf32() else "tf32x3"
     constants = (
         name, value, slope, dims, features, size_of(dims), parts, pairs, block,
-        triton.cdiv(directions, block), operand, precision,
+        triton.cdiv(directions, block),
+        tl.bfloat16 if operand == torch.bfloat16 else tl.float32, precision,
     )  # fmt: skip
-    return Map(weights, scale, back, first, second, *map(tl.constexpr, constants))
+    return Map(None, scale, back, first, second, *map(tl.constexpr, constants)), dtype
 
 
-def _tf32() -> bool:
+def tf32() -> bool:
     return torch.backends.cuda.matmul.allow_tf32
 
 
@@ -118,9 +132,8 @@ class Plan(NamedTuple):
         return self.sequences * self.parts if self.table is None else self.parts
 
 
-def plan(x: Tensor, size: int, chunk: int, cu: Tensor | None) -> Plan:
+def plan(n: int, length: int, size: int, chunk: int, cu: Tensor | None) -> Plan:
     """Parts of ``size`` rows."""
-    n, length = x.shape[:2]
     if cu is None:
         return Plan(
             n, max(1, triton.cdiv(length, size)), size, n * max(1, triton.cdiv(length, chunk))
@@ -133,7 +146,7 @@ def plan(x: Tensor, size: int, chunk: int, cu: Tensor | None) -> Plan:
         for rows in (size, chunk)
     )
     total = length // size + sequences
-    index = torch.arange(total, device=x.device)
+    index = torch.arange(total, device=cu.device)
     at = torch.searchsorted(firsts[1:], index, right=True).clamp(max=sequences - 1)
     begin, stop = starts[at], starts[at] + lengths[at]
     start = begin + (index - firsts[at]) * size

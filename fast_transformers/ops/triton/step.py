@@ -17,7 +17,7 @@ from torch import Tensor
 from triton import next_power_of_2
 
 from ..kinds import KINDS, LOG2E, Formula
-from .functions import FUNCTIONS
+from .functions import functions_of
 
 Sums = tuple[Tensor, Tensor, Tensor | None]
 LOWEST = tl.constexpr(torch.finfo(torch.float32).min)
@@ -198,7 +198,7 @@ def launch(
     elif formula.kind == "logarithm":
         scale = LOG2E
     exponential, pairs = KINDS[formula.kind].exponential, name in ("hyperbolic", "fourier")
-    value, _ = FUNCTIONS.get(function, FUNCTIONS["identity"])
+    value, _ = functions_of(function)
     block_m = max(16, next_power_of_2(m))
     warps = 4 if block_m <= 128 else 8
     block_k = min(TILE * warps // 4 // block_m, max(16, next_power_of_2(directions)))

@@ -1,0 +1,123 @@
+"""The forward and the backward pass: which kernels run, and in which order."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..call import Settings
+from . import backward, carried, forward, sums
+from .launch import NOTHING, Inputs, Launch, prepare, rows
+from .sums import Sums
+
+
+def attend(
+    settings: Settings, causal: bool, projection: Tensor | None, mask: Tensor | None,
+    q: Tensor, k: Tensor, v: Tensor, state: Sums, cu: Tensor | None, cu_keys: Tensor | None,
+) -> tuple[Tensor, Sums, Tensor | None]:  # fmt: skip
+    """Values (N, L, H*R, M) in the dtype of ``v``, the final sums, (sequences * H, F, M) and
+    (sequences * H, F), and norms (N, L, H*R) for the backward pass, if ``settings.keep``."""
+    call = prepare(settings, causal, projection, mask, q, k, v, *state, cu, cu_keys)
+    inputs = call.inputs(projection, mask, q, k, v)
+    n, length = q.shape[:2]
+    out = q.new_empty(*q.shape[:3], v.shape[3], dtype=v.dtype)
+    norm = call.empty(*q.shape[:3]) if settings.keep else None
+    final = call.sums((n if cu_keys is None else cu_keys.shape[0] - 1) * call.heads)
+    to = rows(out), norm, settings.eps
+    if call.carried:
+        _carry(call, inputs, n, length, cu, state, final, *to)
+        return out, final, norm
+    before, flags = _along_keys(call, inputs, k, cu_keys, state, final, causal)
+    call.each(forward.attend, inputs, n, length, cu, before, flags, *to, whole=False)
+    return out, final, norm
+
+
+def differentiate(
+    settings: Settings, causal: bool, projection: Tensor | None, mask: Tensor | None,
+    q: Tensor, k: Tensor, v: Tensor, state: Sums, out: Tensor, norm: Tensor, final: Sums,
+    d_out: Tensor, d_kv: Tensor | None, d_z: Tensor | None,
+    cu: Tensor | None, cu_keys: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+    """Gradients of q, k, v, and of the initial kv and z if there are any."""
+    shared = projection, mask, q, k, v, *state, cu, cu_keys
+    call = prepare(settings, causal, *shared, out, norm, *final, d_out, d_kv, d_z)
+    inputs = call.inputs(projection, mask, q, k, v)
+    n, length = q.shape[:2]
+    dq, dk, dv = torch.empty_like(q), _gradient(call, k), _gradient(call, v)
+    start, total = _seed(call, final, d_kv, d_z), NOTHING
+    if state.kv is not None or not causal:
+        total = call.sums(final.kv.shape[0] // call.heads * call.q_heads)
+    given = rows(d_out), norm, torch.empty_like(norm)  # the last is delta
+    before, flags = final, None
+    if causal:
+        before, flags = _along_keys(call, inputs, k, cu_keys, state, NOTHING, True)
+    tensors = before, flags, *given, rows(out), rows(dq)
+    call.each(backward.differentiate_queries, inputs, n, length, cu, *tensors)
+    del before, tensors  # their memory serves what follows
+    plan = call.segments(n, length, call.q_heads, call.blocks * call.columns, cu)
+    walk = (inputs.q, *given, length), plan, call.q_heads, inputs.walk_map
+    after, flags = call.along(sums.walk_queries, *walk, start, total, causal)
+    tensors = after, flags, *given, rows(dk), rows(dv)
+    call.each(backward.differentiate_keys, inputs, n, k.shape[1], cu_keys, *tensors)
+    if call.groups > 1:
+        dk, dv = (x.unflatten(2, (call.heads, -1)).sum(3).to(k.dtype) for x in (dk, dv))
+    return dq, dk, dv, *_of_state(call, state, total)
+
+
+def _carry(
+    call: Launch, inputs: Inputs, n: int, length: int, cu: Tensor | None, start: Sums, end: Sums,
+    *to: Any
+) -> None:  # fmt: skip
+    plan = call.segments(n, length, call.q_heads, 1, cu)
+    if plan.table is not None or plan.parts > 1:
+        tensors = (*inputs[1:5], length)
+        walk = sums.walk_keys, tensors, plan, call.heads, inputs.walk_map
+        start, end = call.before(*walk, start, end), NOTHING
+    call.carry(carried.attend_along, inputs, plan, length, start, end, *to)
+
+
+def _along_keys(
+    call: Launch, inputs: Inputs, k: Tensor, cu: Tensor | None, state: Sums, final: Sums,
+    store: bool,
+) -> tuple[Sums, Tensor | None]:  # fmt: skip
+    plan = call.segments(*k.shape[:2], call.heads, call.blocks * call.columns, cu)
+    walk = sums.walk_keys, (*inputs[1:5], k.shape[1]), plan, call.heads, inputs.walk_map
+    return call.along(*walk, state, final, store)
+
+
+def _gradient(call: Launch, x: Tensor) -> Tensor:
+    """Of keys or values, for each query head."""
+    if call.groups == 1:
+        return torch.empty_like(x)
+    return call.empty(*x.shape[:2], call.q_heads, x.shape[3])
+
+
+def _seed(call: Launch, final: Sums, d_kv: Tensor | None, d_z: Tensor | None) -> Sums:
+    """Gradients of the final sums as sums over later queries, of the first head of a group."""
+    if d_kv is None and d_z is None:
+        return NOTHING
+    d_kv = torch.zeros_like(final.kv) if d_kv is None else d_kv.flatten(0, 1)
+    z = torch.zeros_like(final.z) if d_z is None else -d_z.flatten(0, 1)
+    shift = None if final.shift is None else -final.shift
+    if call.groups > 1:
+        pad = (0, call.groups - 1)
+        d_kv, z = (
+            torch.nn.functional.pad(x[..., None], pad).movedim(-1, 1).flatten(0, 1)
+            for x in (d_kv, z)
+        )
+        shift = None if shift is None else shift.repeat_interleave(call.groups, 0)
+    return Sums(d_kv.contiguous(), z.contiguous(), shift)
+
+
+def _of_state(call: Launch, state: Sums, total: Sums) -> Any:
+    """Gradients of the initial sums."""
+    if state.kv is None:
+        return None, None
+    d_kv, d_z = total.kv, -total.z
+    if total.shift is not None:
+        past = state.shift.flatten(0, 1).repeat_interleave(call.groups, 0)
+        factor = (total.shift + past).exp2()
+        d_kv, d_z = d_kv * factor[..., None], d_z * factor
+    return (x.unflatten(0, (*state.kv.shape[:2], -1)).sum(2) for x in (d_kv, d_z))
