@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 import subprocess
+import time
 from collections.abc import Callable
 from importlib import metadata
 from typing import Any
@@ -14,6 +15,7 @@ from . import machine
 
 Call = Callable[[], object]
 FLUSH = 2**28  # bytes written before each reading, more than any cache holds
+CYCLES = 2e9  # of a multiprocessor in a second, about
 
 
 def describe() -> dict[str, Any]:
@@ -47,29 +49,47 @@ def _driver() -> str | None:
 
 
 def measure(call: Call, seconds: float) -> dict[str, Any]:
-    """Median seconds of a call, by events on the device; caches are cold at each.
+    """Median seconds of a call on the device, by its events; caches are cold at each.
+
+    The device is kept busy until the host has prepared the call, as in a model, whose host runs
+    ahead. How long the host takes is measured apart.
 
     Args:
         call: what is measured.
         seconds: how long to measure.
 
     Returns:
-        the median, the second and the last but one tenth of the readings, and their number.
+        the median, the second and the last but one tenth of the readings, their number, and the
+        median seconds until a call returns to the host.
     """
     for _ in range(3):
         call()
+    host = _host(call)
     flush = torch.empty(FLUSH, dtype=torch.int8, device="cuda")
-    each = statistics.median(_readings(call, flush, 3))
-    count = int(min(max(seconds / (each + 2e-4), 5), 200))
-    readings = sorted(_readings(call, flush, count))
+    each = statistics.median(_readings(call, flush, 3, host))
+    count = int(min(max(seconds / (each + host + 2e-4), 5), 200))
+    readings = sorted(_readings(call, flush, count, host))
     low, high = readings[count // 10], readings[-1 - count // 10]
-    return {"seconds": statistics.median(readings), "low": low, "high": high, "readings": count}
+    found = {"seconds": statistics.median(readings), "low": low, "high": high}
+    return found | {"readings": count, "host": host}
 
 
-def _readings(call: Call, flush: torch.Tensor, count: int) -> list[float]:
+def _host(call: Call) -> float:
+    """Median seconds until a call returns, while the device waits for it."""
+    times = []
+    for _ in range(9):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def _readings(call: Call, flush: torch.Tensor, count: int, host: float) -> list[float]:
     events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(count)]
     for start, end in events:
-        flush.zero_()  # the host prepares the call meanwhile
+        torch.cuda._sleep(int(2 * host * CYCLES))
+        flush.zero_()
         start.record()
         call()
         end.record()

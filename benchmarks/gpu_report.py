@@ -20,6 +20,7 @@ def report(records: list[Record]) -> str:
     parts = [_machine(records)]
     for section in SECTIONS:
         parts += [_times(records, section, which) for which in PASSES]
+        parts.append(_host(records, section))
     parts += [_memory(records, section) for section in SECTIONS]
     parts += [_decode(records), _model(records), _wrong(records)]
     return "\n\n".join(part for part in parts if part) + "\n"
@@ -36,10 +37,10 @@ def _machine(records: list[Record]) -> str:
         f"{it['date'][:16].replace('T', ' ')}, {it['card']}, driver {it['driver']}, CUDA "
         f"{it['cuda']}, torch {it['torch']}, triton {it['triton']}, flash-linear-attention "
         f"{it['fla'] or '-'}, Python {it['python']}.{ceilings}\n\n"
-        "bfloat16, 16 heads of 64, 65,536 tokens in all. Medians, ± half of the range of the "
-        "middle readings. Ours: [what it moves at least, as a fraction of the rate of a copy / "
-        "operations, as a fraction of the rate of a product]; the others: (ratio to ours with "
-        "the same map). - is not measured."
+        "bfloat16, 16 heads of 64, 65,536 tokens in all. Medians of the time on the "
+        "device, ± half of the range of the middle readings. Ours: [what it moves at least, as a "
+        "fraction of the rate of a copy / operations, as a fraction of the rate of a product]; "
+        "the others: (ratio to ours with the same map). - is not measured."
     )
 
 
@@ -73,6 +74,20 @@ def _times(records: list[Record], section: str, which: str) -> str:
             rows.append([name, *cells])
     headers = ["", *(f"N={n:,}" for n in lengths)]
     return table(headers, rows, f"{SECTIONS[section]}, {which}, ms") if rows else ""
+
+
+def _host(records: list[Record], section: str) -> str:
+    """At the shortest length: what the device waits for, if it has nothing else to do."""
+    here = [r for r in select(records, section) if "host" in r]
+    length = min((r["length"] for r in here), default=0)
+    found = {(r["contender"], r["pass"]): r["host"] for r in here if r["length"] == length}
+    names = dict.fromkeys(r["contender"] for r in here)
+    rows = [
+        [name, *(f"{1e3 * found[name, p]:.3g}" if (name, p) in found else "-" for p in PASSES)]
+        for name in names
+    ]
+    title = f"{SECTIONS[section]}, until the call returns to the host, ms"
+    return table(["", *PASSES], rows, title) if rows else ""
 
 
 def _memory(records: list[Record], section: str) -> str:
