@@ -5,7 +5,8 @@ from .base import ActivationFunctionFeatureMap, FeatureMap, elu_feature_map
 from .favor import Favor
 from .fourier import RandomFourierFeatures, SmoothedRandomFourierFeatures
 from .generalized import GeneralizedRandomFeatures
-from .random import RandomFeatureMap, orthogonal_random_matrix_
+from .projections import PROJECTIONS, orthogonal_random_matrix_
+from .random import RandomFeatureMap
 
 __all__ = [
     # the interface
@@ -22,5 +23,7 @@ __all__ = [
     "build_feature_map",
     "draw",
     "features_of",
+    # how random maps draw their directions
+    "PROJECTIONS",
     "orthogonal_random_matrix_",
 ]
