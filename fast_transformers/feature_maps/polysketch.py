@@ -57,6 +57,8 @@ class PolySketch(RandomFeatureMap):
             raise ValueError(f"degree of PolySketch must be 4, 8 or 16, got {degree}")
         if sketch < 1:
             raise ValueError(f"sketch must be at least 1, got {sketch}")
+        if isinstance(generator, int):
+            generator = Generator().manual_seed(generator)
         square = SymmetricPower(sketch, 2)
         self.parts = degree // 2
         super().__init__(
@@ -67,7 +69,7 @@ class PolySketch(RandomFeatureMap):
         self.square = square
         # the Gs of S_4 and beyond, sketch x sketch each, side by side
         self.register_buffer("mixers", torch.empty(sketch, (self.parts - 2) * sketch))
-        self._fill_mixers(torch.Generator().manual_seed((int(self.seed) + _OTHER_STREAM) % 2**63))
+        self._fill_mixers(generator)
 
     @property
     def feature_dims(self) -> int:
