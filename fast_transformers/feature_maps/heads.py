@@ -21,7 +21,7 @@ def multiply(x: Tensor, matrix: Tensor) -> Tensor:
     if matrix.ndim == 2:
         return x @ matrix
     check_heads(x, matrix.shape[0])
-    return (x.unsqueeze(-2) @ matrix).squeeze(-2)
+    return torch.einsum("...he,hef->...hf", x, matrix)
 
 
 def check_heads(x: Tensor, heads: int) -> None:

@@ -19,10 +19,10 @@ class PolySketch(RandomFeatureMap):
         S_1(x) = x',   S_2k(x) = (S_k(x) G * S'_k(x) G') / sqrt(sketch),   p(s).p(t) = (s.t)^2
 
     with Gaussian G and G' of ``sketch`` columns, and S', S independent. Kacham, Mirrokni and Zhong
-    2023, "PolySketchFormer" (arXiv:2310.01655), section 2.3: weights cannot be negative, whereas
-    those of an unbiased sketch of the whole degree can, and then denominators vanish. The square
-    raises the mean by the variance of the sketch; :meth:`kernel` includes that. The paper does
-    not pack the products, sketch^2 of them.
+    2023, "PolySketchFormer" (arXiv:2310.01655), the non-negative sketch: weights cannot be
+    negative, whereas those of an unbiased sketch of the whole degree can, and then denominators
+    vanish. The square raises the mean by the variance of the sketch; :meth:`kernel` includes
+    that. The paper does not pack the products, sketch^2 of them.
 
     Args:
         query_dimensions: E.
