@@ -80,7 +80,7 @@ class Centered(Wrapper):
         heads = self.heads if self.of_queries.ndim == 2 else None
         self.of_queries.copy_(Moments.of(queries, heads).mean)
         self.of_keys.copy_(Moments.of(keys, heads).mean)
-        self.inner.calibrate(self._minus(queries, self.of_queries), self._keys(keys)[0])
+        self.inner.calibrate(self._queries(queries)[0], self._keys(keys)[0])
 
     def _minus(self, x: Tensor, center: Tensor) -> Tensor:
         if center.ndim == 2:
@@ -92,13 +92,15 @@ class Centered(Wrapper):
         """q - a, and the logarithm t q.b of what cancels."""
         shifted = self._minus(x, self.of_queries)
         b = self.of_keys.to(shifted.dtype)
-        return shifted, self.softmax_temp * (widen(x) * b).sum(-1, keepdim=True)
+        log_weight = self.softmax_temp * (widen(x) * b).sum(-1, keepdim=True)
+        return self._handed(shifted, x), log_weight
 
     def _keys(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """k - b, and the logarithm t a.(k - b) of the weight of the key."""
         shifted = self._minus(x, self.of_keys)
         a = self.of_queries.to(shifted.dtype)
-        return shifted, self.softmax_temp * (shifted * a).sum(-1, keepdim=True)
+        log_weight = self.softmax_temp * (shifted * a).sum(-1, keepdim=True)
+        return self._handed(shifted, x), log_weight
 
     def forward_queries(self, x: Tensor) -> Tensor:
         shifted, log_weight = self._queries(x)
@@ -109,7 +111,7 @@ class Centered(Wrapper):
         return (self.inner.forward_keys(shifted) * log_weight.exp()).to(x.dtype)
 
     def log_queries(self, x: Tensor) -> Tensor:
-        return self.inner.log_queries(self._minus(x, self.of_queries))
+        return self.inner.log_queries(self._queries(x)[0])
 
     def query_offset(self, x: Tensor) -> Tensor:
         shifted, log_weight = self._queries(x)
