@@ -24,6 +24,10 @@ class Centered(Wrapper):
     the same; with a and b at the means of queries and keys the vectors that the inner map sees
     are smaller, and so are the variances of random features and the error of a Taylor series.
 
+    The factor that cancels is part of features that are exponentials, which attention sees as
+    logarithms. Of others, such as those of a Taylor series, and of their kernel, it is left out:
+    it could make a denominator overflow, or as small as the ``eps`` that is added to it.
+
     a and b are 0 at first. :meth:`calibrate` sets them to the means of examples (and calibrates
     the inner map on the centred ones); ``learned`` trains them from there; or write to them. Never
     do they follow the tokens of a call, so causal attention may use them.
@@ -89,11 +93,11 @@ class Centered(Wrapper):
         return x - center.to(x.dtype)
 
     def _queries(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """q - a, and the logarithm t q.b of what cancels."""
+        """q - a, and the logarithm t q.b of what cancels, or 0 where that is left out."""
         shifted = self._minus(x, self.of_queries)
         b = self.of_keys.to(shifted.dtype)
-        log_weight = self.softmax_temp * (widen(x) * b).sum(-1, keepdim=True)
-        return self._handed(shifted, x), log_weight
+        temp = self.softmax_temp if self.exponential else 0.0
+        return self._handed(shifted, x), temp * (widen(x) * b).sum(-1, keepdim=True)
 
     def _keys(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """k - b, and the logarithm t a.(k - b) of the weight of the key."""
