@@ -48,11 +48,27 @@ class FeatureMap(nn.Module):
         any_input: whether the methods accept any floating dtype and any leading dimensions, and
             compute in float32 at least. They may then be given some of the heads only.
         drawn: whether the map can be used before ``new_feature_map`` has been called.
+        random: whether ``new_feature_map`` draws anything.
+        positive: whether no weight phi(q).phi(k) is ever below 0, so that denominators cannot
+            cross it.
+        causal_safe: whether features of a token depend on nothing but that token and what the
+            map has learned, drawn, or was calibrated with; all maps here are.
+        heads: number of heads that the map tells apart, for inputs (..., H, E) of any floating
+            dtype; None if it treats all alike.
+        positional: whether the map must be told positions, see :meth:`add_positions`.
+        estimates: "softmax" for a map that stands for exp(softmax_temp x.y), and has that
+            ``softmax_temp``; "gaussian" for exp(-softmax_temp |x - y|^2 / 2); else "".
     """
 
     exponential = False
     any_input = False
     drawn = False
+    random = False
+    positive = False
+    causal_safe = True
+    heads: int | None = None
+    positional = False
+    estimates = ""
     _takes_device = True
 
     def __init__(self, query_dimensions: int) -> None:
@@ -64,7 +80,7 @@ class FeatureMap(nn.Module):
         own = vars(cls)
         cls._takes_device = _has_parameter(cls.new_feature_map)
         redefined = any(f"forward{part}" in own for part in ("", "_queries", "_keys"))
-        if redefined and not any(name in own for name in ("log_queries", "log_keys")):
+        if redefined and not any(n in own for n in ("log_queries", "log_keys", "exponential")):
             cls.exponential = False  # the inherited logarithms are those of other features
         if "formula" not in own and any(name in own for name in _FORMULAS):
             cls.formula = FeatureMap.formula  # the inherited name is that of other features
@@ -100,9 +116,48 @@ class FeatureMap(nn.Module):
         """log phi of keys; needed if ``exponential``."""
         raise NotImplementedError(f"{type(self).__name__} is exponential: define log_keys")
 
+    def query_offset(self, x: Tensor) -> Tensor | float:
+        """The constant per query, (..., 1), that ``log_queries`` leaves out; in attention it
+        cancels."""
+        return 0.0
+
     def kernel(self, x: Tensor, y: Tensor) -> Tensor:
-        """The kernel that phi(x).phi(y) is, or approximates: (..., E), (..., E) to (...)."""
+        """What phi(x).phi(y) is, exactly or on average: (..., E), (..., E) to (...)."""
         raise NotImplementedError(f"{type(self).__name__} does not say what it approximates")
+
+    def relative_variance(self, x: Tensor, y: Tensor) -> Tensor:
+        """Var[phi(x).phi(y)] / kernel(x, y)^2 over draws: (..., E), (..., E) to (...).
+
+        In closed form, for independent directions (``projection="iid"``); the other projections
+        are chosen because theirs is smaller. Deterministic maps have none.
+        """
+        if self.random:
+            raise NotImplementedError(f"the variance of {type(self).__name__} is not known")
+        return torch.zeros_like(self.kernel(x, y))
+
+    def calibrate(self, queries: Tensor, keys: Tensor) -> None:
+        """Set what the map knows of its inputs from examples; most maps need nothing.
+
+        Statistics change here and nowhere else: features never depend on the other tokens of a
+        call. They are buffers, and so part of the state dict.
+
+        Args:
+            queries: (..., H, E) of any number of tokens, as attention sees them.
+            keys: (..., H, E), the same.
+        """
+
+    def add_positions(self, x: Tensor, start: int | Tensor = 0) -> Tensor:
+        """What a positional map needs of positions, behind the dimensions of x (N, L, H, E).
+
+        Attention calls this for maps that are ``positional``; ``start`` is the position of the
+        first token.
+        """
+        raise NotImplementedError(f"{type(self).__name__} takes no positions")
+
+    @property
+    def trainable(self) -> bool:
+        """Whether the map has weights that are trained."""
+        return any(p.requires_grad for p in self.parameters())
 
     def formula(self) -> Formula | None:
         """The map by the name under which the operators know it; None if they do not.
@@ -127,6 +182,11 @@ class FeatureMap(nn.Module):
         128
         """
         return _Factory(cls, args, kwargs)
+
+
+def widen(x: Tensor) -> Tensor:
+    """x in float32 at least."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _has_parameter(method: Callable[..., None]) -> bool:
@@ -163,6 +223,7 @@ class ActivationFunctionFeatureMap(FeatureMap):
     ) -> None:
         super().__init__(query_dimensions)
         self.activation_function = activation_function
+        self.positive = self.formula() is not None  # of the others nothing is known
 
     @property
     def feature_dims(self) -> int:
@@ -193,3 +254,8 @@ NAMES[elu_plus_one] = "elu_plus_one"
 def elu_feature_map(query_dims: int) -> ActivationFunctionFeatureMap:
     """phi(x) = elu(x) + 1, the default map; "Transformers are RNNs" (2020), equation 7."""
     return ActivationFunctionFeatureMap(query_dims, elu_plus_one)
+
+
+def relu_feature_map(query_dims: int) -> ActivationFunctionFeatureMap:
+    """phi(x) = relu(x)."""
+    return ActivationFunctionFeatureMap(query_dims, torch.relu)

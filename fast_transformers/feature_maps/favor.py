@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..ops import Formula
-from .random import RandomFeatureMap, split_in_pairs
+from .random import RandomFeatureMap, projection_of, split_in_pairs
 
 
 class Favor(RandomFeatureMap):
@@ -26,16 +26,18 @@ class Favor(RandomFeatureMap):
         query_dimensions: E.
         n_dims: F, even; None is E.
         softmax_temp: factor of the dot product; None is 1/sqrt(E).
-        orthogonal: see :class:`RandomFeatureMap`.
+        orthogonal: the older way to say ``projection``: "orthogonal", or "iid" if False.
         stabilize: accepted for older code. Attention always works with the logarithms of the
             features and is exact at any norm.
-        redraw, deterministic_eval, generator: see :class:`RandomFeatureMap`.
+        redraw, deterministic_eval, generator, projection: see :class:`RandomFeatureMap`.
 
     Raises:
         ValueError: for an ``n_dims`` that is odd or below 2.
     """
 
     exponential = True
+    positive = True
+    estimates = "softmax"
 
     def __init__(
         self,
@@ -47,12 +49,13 @@ class Favor(RandomFeatureMap):
         redraw: int = 1,
         deterministic_eval: bool = True,
         generator: torch.Generator | int | None = None,
+        projection: str | None = None,
     ) -> None:
         self.n_dims = split_in_pairs("Favor", query_dimensions, n_dims)
         self.stabilize = stabilize
         super().__init__(
-            query_dimensions, self.n_dims // 2, softmax_temp, orthogonal, redraw,
-            deterministic_eval, generator,
+            query_dimensions, self.n_dims // 2, softmax_temp,
+            projection_of(orthogonal, projection), redraw, deterministic_eval, generator,
         )  # fmt: skip
 
     @property
@@ -69,11 +72,22 @@ class Favor(RandomFeatureMap):
 
     def log_keys(self, x: Tensor) -> Tensor:
         x, u = self.project(x)
-        offset = x.square().sum(-1, keepdim=True) / 2 + math.log(self.n_dims) / 2
-        return torch.cat([u - offset, -u - offset], -1)
+        offset = self._offset(x)
+        return torch.cat([u + offset, offset - u], -1)
+
+    def query_offset(self, x: Tensor) -> Tensor:
+        return self._offset(self.scaled(x))
+
+    def _offset(self, x: Tensor) -> Tensor:
+        return -x.square().sum(-1, keepdim=True) / 2 - math.log(self.n_dims) / 2
 
     def formula(self) -> Formula:
         return Formula("hyperbolic", self.omega, (self.softmax_temp,))
 
     def kernel(self, x: Tensor, y: Tensor) -> Tensor:
         return (self.softmax_temp * (x * y).sum(-1)).exp()
+
+    def relative_variance(self, x: Tensor, y: Tensor) -> Tensor:
+        """(cosh |x' + y'|^2 - 1) / (F/2): lemma 2 of the paper."""
+        exponent = self.softmax_temp * (x + y).square().sum(-1)
+        return (exponent.cosh() - 1) / (self.n_dims // 2)

@@ -8,11 +8,17 @@ import torch
 from torch import Tensor
 
 from ..ops import Formula
-from .random import RandomFeatureMap, split_in_pairs
+from .random import RandomFeatureMap, projection_of, split_in_pairs
 
 
 def _gaussian_kernel(x: Tensor, y: Tensor, softmax_temp: float) -> Tensor:
     return (-softmax_temp * (x - y).square().sum(-1) / 2).exp()
+
+
+def _variance(x: Tensor, y: Tensor, softmax_temp: float, directions: int) -> Tensor:
+    """(1 - exp(-d))^2 / 2 per direction, d = |x' - y'|^2."""
+    distance = softmax_temp * (x - y).square().sum(-1)
+    return (-distance).expm1().square() / (2 * directions)
 
 
 def _trigonometric(u: Tensor) -> Tensor:
@@ -29,12 +35,15 @@ class RandomFourierFeatures(RandomFeatureMap):
     Args:
         query_dimensions: E.
         n_dims: F, even; None is E.
-        softmax_temp, orthogonal, redraw, deterministic_eval, generator: see
+        softmax_temp, redraw, deterministic_eval, generator, projection: see
             :class:`RandomFeatureMap`.
+        orthogonal: the older way to say ``projection``: "orthogonal", or "iid" if False.
 
     Raises:
         ValueError: for an ``n_dims`` that is odd or below 2.
     """
+
+    estimates = "gaussian"
 
     def __init__(
         self,
@@ -45,11 +54,12 @@ class RandomFourierFeatures(RandomFeatureMap):
         redraw: int = 1,
         deterministic_eval: bool = True,
         generator: torch.Generator | int | None = None,
+        projection: str | None = None,
     ) -> None:
         self.n_dims = split_in_pairs("RandomFourierFeatures", query_dimensions, n_dims)
         super().__init__(
-            query_dimensions, self.n_dims // 2, softmax_temp, orthogonal, redraw,
-            deterministic_eval, generator,
+            query_dimensions, self.n_dims // 2, softmax_temp,
+            projection_of(orthogonal, projection), redraw, deterministic_eval, generator,
         )  # fmt: skip
 
     @property
@@ -65,6 +75,11 @@ class RandomFourierFeatures(RandomFeatureMap):
     def kernel(self, x: Tensor, y: Tensor) -> Tensor:
         return _gaussian_kernel(x, y, self.softmax_temp)
 
+    def relative_variance(self, x: Tensor, y: Tensor) -> Tensor:
+        """exp(d) (1 - exp(-d))^2 / F, d = |x' - y'|^2."""
+        variance = _variance(x, y, self.softmax_temp, self.omega.shape[1])
+        return variance / self.kernel(x, y).square()
+
 
 class SmoothedRandomFourierFeatures(RandomFeatureMap):
     """Random Fourier features and one constant: the Gaussian kernel plus ``smoothing``.
@@ -78,8 +93,9 @@ class SmoothedRandomFourierFeatures(RandomFeatureMap):
             scaled for the number there is.
         smoothing: what is added to the kernel; its root is the constant feature. (The older
             library added ``smoothing**2``.)
-        softmax_temp, orthogonal, redraw, deterministic_eval, generator: see
+        softmax_temp, redraw, deterministic_eval, generator, projection: see
             :class:`RandomFeatureMap`.
+        orthogonal: the older way to say ``projection``: "orthogonal", or "iid" if False.
 
     Raises:
         ValueError: for an ``n_dims`` below 3 or a negative ``smoothing``.
@@ -95,6 +111,7 @@ class SmoothedRandomFourierFeatures(RandomFeatureMap):
         redraw: int = 1,
         deterministic_eval: bool = True,
         generator: torch.Generator | int | None = None,
+        projection: str | None = None,
     ) -> None:
         self.n_dims = query_dimensions if n_dims is None else n_dims
         if self.n_dims < 3:
@@ -105,9 +122,10 @@ class SmoothedRandomFourierFeatures(RandomFeatureMap):
         if smoothing < 0:
             raise ValueError(f"smoothing is added to the kernel: it must be >= 0, got {smoothing}")
         self.smoothing = smoothing
+        self.positive = smoothing >= 1  # a mean of cosines is at least -1
         super().__init__(
-            query_dimensions, (self.n_dims - 1) // 2, softmax_temp, orthogonal, redraw,
-            deterministic_eval, generator,
+            query_dimensions, (self.n_dims - 1) // 2, softmax_temp,
+            projection_of(orthogonal, projection), redraw, deterministic_eval, generator,
         )  # fmt: skip
 
     @property
@@ -124,3 +142,8 @@ class SmoothedRandomFourierFeatures(RandomFeatureMap):
 
     def kernel(self, x: Tensor, y: Tensor) -> Tensor:
         return _gaussian_kernel(x, y, self.softmax_temp) + self.smoothing
+
+    def relative_variance(self, x: Tensor, y: Tensor) -> Tensor:
+        """That of :class:`RandomFourierFeatures`, of a larger kernel."""
+        variance = _variance(x, y, self.softmax_temp, self.omega.shape[1])
+        return variance / self.kernel(x, y).square()

@@ -3,7 +3,7 @@
 from .favor import Favor
 from .fourier import RandomFourierFeatures, SmoothedRandomFourierFeatures
 from .generalized import GeneralizedRandomFeatures
-from .random import orthogonal_random_matrix_
+from .projections import orthogonal_random_matrix_
 
 __all__ = [
     "Favor",

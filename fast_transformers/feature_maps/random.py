@@ -8,51 +8,27 @@ import torch
 from torch import Tensor
 
 from ..ops.choose import exporting
-from .base import FeatureMap
-
-
-@torch.no_grad()
-def orthogonal_random_matrix_(w: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """Fill ``w`` (rows, columns) with columns that are N(0, I) and orthogonal in groups of rows.
-
-    Each group is a Haar-distributed rotation, whose columns are given independent norms of the
-    chi distribution. Without the sign correction of the QR decomposition the columns would have
-    a mean, which biases features that are not even functions of the projection.
-
-    Drawn on the CPU, so that a seed means the same on every device.
-    """
-    rows, columns = w.shape
-    groups = []
-    for _ in range(0, columns, rows):
-        q, r = torch.linalg.qr(torch.randn(rows, rows, generator=generator, device="cpu"))
-        norms = torch.randn(rows, rows, generator=generator, device="cpu").norm(dim=0)
-        groups.append(q * (r.diagonal().sign() * norms))
-    return w.copy_(torch.cat(groups, 1)[:, :columns])
-
-
-@torch.no_grad()
-def fill_(omega: Tensor, orthogonal: bool, generator: torch.Generator | None = None) -> None:
-    """Draw a projection (E, columns) in place, on the CPU: a seed means the same anywhere."""
-    if orthogonal:
-        orthogonal_random_matrix_(omega, generator)
-    else:
-        omega.copy_(torch.randn(omega.shape, generator=generator, device="cpu"))
+from .base import FeatureMap, widen
+from .projections import check_projection, fill_
 
 
 @torch.library.custom_op(
     "fast_transformers::redraw",
     mutates_args=("omega", "calls"),
-    schema="(Tensor(a!) omega, Tensor(b!) calls, Tensor seed, int every, bool orthogonal) -> ()",
+    schema="(Tensor(a!) omega, Tensor(b!) calls, Tensor seed, int every, str projection, "
+    "int parts) -> ()",
 )
-def _redraw(omega: Tensor, calls: Tensor, seed: Tensor, every: int, orthogonal: bool) -> None:
+def redraw_(
+    omega: Tensor, calls: Tensor, seed: Tensor, every: int, projection: str, parts: int
+) -> None:
     """Count a call and draw, if it is time to; an operator, so that compiled models redraw."""
     n = int(calls)
     if n and n % every == 0:  # call 0 uses what was drawn first, or loaded
-        fill_(omega, orthogonal, torch.Generator().manual_seed((int(seed) + n) % 2**63))
+        fill_(omega, projection, torch.Generator().manual_seed((int(seed) + n) % 2**63), parts)
     calls += 1
 
 
-@_redraw.register_fake
+@redraw_.register_fake
 def _(*_: Any) -> None:
     return None
 
@@ -69,16 +45,26 @@ class RandomFeatureMap(FeatureMap):
         query_dimensions: E.
         columns: number of random directions.
         softmax_temp: factor of the dot product; None is 1/sqrt(E).
-        orthogonal: draw orthogonal directions (Haar rotations, independent chi norms) instead
-            of independent ones.
+        projection: how directions are drawn, a key of
+            :data:`~fast_transformers.feature_maps.projections.PROJECTIONS`: "iid" (independent),
+            "orthogonal", "sorf", "simplex", "qmc" or "antithetic".
         redraw: training calls between two draws.
         deterministic_eval: keep the map in evaluation mode. The older library's default, False,
             gives different results for the same input.
         generator: source of the map's seed; an int seeds a new one, None is torch's global one.
+
+    Attributes:
+        parts: number of equal parts of ``omega`` that are drawn independently of each other.
+
+    Raises:
+        ValueError: for a ``redraw`` below 1, a negative ``softmax_temp``, or an unknown
+            ``projection``.
     """
 
+    random = True
     any_input = True
     drawn = True
+    parts = 1
     omega: Tensor
     calls: Tensor
     seed: Tensor
@@ -87,11 +73,11 @@ class RandomFeatureMap(FeatureMap):
         self,
         query_dimensions: int,
         columns: int,
-        softmax_temp: float | None,
-        orthogonal: bool,
-        redraw: int,
-        deterministic_eval: bool,
-        generator: torch.Generator | int | None,
+        softmax_temp: float | None = None,
+        projection: str = "orthogonal",
+        redraw: int = 1,
+        deterministic_eval: bool = True,
+        generator: torch.Generator | int | None = None,
     ) -> None:
         super().__init__(query_dimensions)
         if redraw < 1:
@@ -99,7 +85,7 @@ class RandomFeatureMap(FeatureMap):
         self.softmax_temp = query_dimensions**-0.5 if softmax_temp is None else softmax_temp
         if self.softmax_temp < 0:
             raise ValueError(f"softmax_temp must not be negative, got {softmax_temp}")
-        self.orthogonal = orthogonal
+        self.projection = check_projection(projection)
         self.redraw = redraw
         self.deterministic_eval = deterministic_eval
         if isinstance(generator, int):
@@ -109,7 +95,7 @@ class RandomFeatureMap(FeatureMap):
         self.register_buffer("omega", torch.empty(query_dimensions, columns))
         self.register_buffer("calls", torch.zeros((), dtype=torch.int64), persistent=False)
         self.register_buffer("seed", seed.to(self.omega.device), persistent=False)
-        fill_(self.omega, orthogonal, torch.Generator().manual_seed(int(seed)))
+        fill_(self.omega, projection, torch.Generator().manual_seed(int(seed)), self.parts)
 
     def new_feature_map(self, device: torch.device | None = None) -> None:
         """Redraw, if it is time to; see the class."""
@@ -120,30 +106,48 @@ class RandomFeatureMap(FeatureMap):
                 f"{type(self).__name__} draws random features, which an exported program cannot; "
                 "call model.eval() first, and leave deterministic_eval=True"
             )
-        _redraw(self.omega, self.calls, self.seed, self.redraw, self.orthogonal)
+        self._redraw()
+
+    def _redraw(self) -> None:
+        redraw_(self.omega, self.calls, self.seed, self.redraw, self.projection, self.parts)
 
     def resample(self, generator: torch.Generator | None = None) -> None:
         """Draw ``omega`` now, from ``generator`` or torch's global one."""
-        fill_(self.omega, self.orthogonal, generator)
+        fill_(self.omega, self.projection, generator, self.parts)
 
-    def project(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """sqrt(softmax_temp) x, and its products with omega, in float32 at least."""
+    @property
+    def orthogonal(self) -> bool:
+        """Whether directions are orthogonal; the older library's way to say ``projection``."""
+        return self.projection == "orthogonal"
+
+    def scaled(self, x: Tensor) -> Tensor:
+        """sqrt(softmax_temp) x, in float32 at least."""
         if x.shape[-1] != self.query_dimensions:
             raise ValueError(
                 f"{type(self).__name__} was made for {self.query_dimensions} query dimensions, "
                 f"got inputs of {x.shape[-1]}; make it with query_dimensions={x.shape[-1]}"
             )
-        x = x.to(torch.promote_types(x.dtype, torch.float32))
-        if self.softmax_temp != 1.0:
-            x = x * self.softmax_temp**0.5
+        x = widen(x)
+        return x if self.softmax_temp == 1.0 else x * self.softmax_temp**0.5
+
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """sqrt(softmax_temp) x, and its products with omega, in float32 at least."""
+        x = self.scaled(x)
         return x, x @ self.omega.to(x.dtype)
 
     def extra_repr(self) -> str:
         return (
             f"{self.query_dimensions}, feature_dims={self.feature_dims}, "
-            f"softmax_temp={self.softmax_temp:.4g}, orthogonal={self.orthogonal}, "
+            f"softmax_temp={self.softmax_temp:.4g}, projection={self.projection}, "
             f"redraw={self.redraw}"
         )
+
+
+def projection_of(orthogonal: bool, projection: str | None) -> str:
+    """``projection``, or what ``orthogonal`` of the older library stands for."""
+    if projection is not None:
+        return projection
+    return "orthogonal" if orthogonal else "iid"
 
 
 def split_in_pairs(name: str, query_dimensions: int, n_dims: int | None) -> int:

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.library import opcheck
 
 from fast_transformers.feature_maps import (
+    PROJECTIONS,
     ActivationFunctionFeatureMap,
     Favor,
     FeatureMap,
@@ -142,14 +143,14 @@ def test_every_operator_is_checked() -> None:
     assert sorted(case.kind for case in COMPILED) == sorted(KINDS)
 
 
-@pytest.mark.parametrize("orthogonal", [False, True])
+@pytest.mark.parametrize("projection", PROJECTIONS)
 @pytest.mark.parametrize("calls", [0, 1, 2])
-def test_redraw_passes_opcheck(calls: int, orthogonal: bool) -> None:
+def test_redraw_passes_opcheck(calls: int, projection: str) -> None:
     """Every second call draws, but for the first."""
     omega, counter, seed = torch.randn(4, 6), torch.tensor(calls), torch.tensor(3)
     before = omega.clone()
-    opcheck(OPERATORS.redraw.default, (omega.clone(), counter.clone(), seed, 2, orthogonal))
-    OPERATORS.redraw(omega, counter, seed, 2, orthogonal)
+    opcheck(OPERATORS.redraw.default, (omega.clone(), counter.clone(), seed, 2, projection, 1))
+    OPERATORS.redraw(omega, counter, seed, 2, projection, 1)
     assert int(counter) == calls + 1
     assert torch.equal(omega, before) is (calls != 2)
 

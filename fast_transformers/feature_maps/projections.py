@@ -1,0 +1,151 @@
+"""Random directions: six ways to draw a matrix whose columns are N(0, I), each by itself.
+
+The columns may depend on each other, which lowers the variance of the features that use them and
+leaves their mean as it is. Everything is drawn on the CPU: a seed means the same on any device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Generator, Tensor
+
+Sampler = Callable[[int, int, Generator | None], Tensor]  # rows, columns, source of randomness
+
+
+def iid(rows: int, columns: int, generator: Generator | None) -> Tensor:
+    """Independent columns."""
+    return torch.randn(rows, columns, generator=generator, device="cpu")
+
+
+def orthogonal(rows: int, columns: int, generator: Generator | None) -> Tensor:
+    """Orthogonal within groups of ``rows`` columns; Yu et al. 2016 (arXiv:1610.09072).
+
+    Each group is a Haar-distributed rotation, whose columns are given independent norms of the
+    chi distribution. Without the sign correction of the QR decomposition the columns would have
+    a mean, which biases features that are not even functions of the projection.
+    """
+
+    def group() -> Tensor:
+        rotation = _haar(rows, generator)
+        return rotation * _norms(rows, rows, generator)
+
+    return _in_groups(rows, columns, group)
+
+
+def sorf(rows: int, columns: int, generator: Generator | None) -> Tensor:
+    """Structured orthogonal features, (HD)^3; Yu et al. 2016 (arXiv:1610.09072), section 4.
+
+    H is the Hadamard matrix, applied by the fast Walsh-Hadamard transform, and D are random
+    signs, so a group of columns is drawn in O(rows^2 log rows). Inputs count as padded with zeros
+    to a power of 2. Moments up to the third are those of N(0, I), and the fourth are up to a
+    share of 1/rows^2. The result is an ordinary matrix: at the dimensions of attention heads a
+    product with it takes less time than the transform of every token.
+    """
+    padded = 1 << max(rows - 1, 0).bit_length()
+
+    def group() -> Tensor:
+        block = torch.eye(padded, device="cpu")
+        for _ in range(3):
+            block = hadamard(_signs(padded, generator)[:, None] * block)
+        return (block * _norms(padded, padded, generator))[:rows]
+
+    return _in_groups(padded, columns, group)
+
+
+def simplex(rows: int, columns: int, generator: Generator | None) -> Tensor:
+    """Directions as far apart as can be: cosines of -1/(rows - 1) within groups of ``rows``.
+
+    Reid et al. 2023, "Simplex Random Features" (arXiv:2301.13856), section 3: of all couplings
+    of the directions alone the one with the smallest error for positive features. The corners
+    of a regular simplex, turned by a Haar rotation, with independent norms.
+    """
+    if rows < 2:
+        raise ValueError(f"projection='simplex' needs at least 2 query dimensions, got {rows}")
+    corners = torch.eye(rows, device="cpu") - 1 / rows
+    corners = corners / corners.norm(dim=0)
+
+    def group() -> Tensor:
+        return _haar(rows, generator) @ corners * _norms(rows, rows, generator)
+
+    return _in_groups(rows, columns, group)
+
+
+def qmc(rows: int, columns: int, generator: Generator | None) -> Tensor:
+    """A scrambled Sobol sequence, through the inverse of the normal distribution function.
+
+    Quasi-Monte-Carlo features; Yang et al. 2014 (arXiv:1412.8293), algorithm 1.
+    """
+    seed = int(torch.randint(2**62, (), generator=generator, device="cpu"))
+    engine = torch.quasirandom.SobolEngine(rows, scramble=True, seed=seed)
+    points = engine.draw(columns, dtype=torch.float64) + 2.0**-31  # the middle of a cell, not 0
+    return torch.special.ndtri(points.clamp(max=1 - 2.0**-31)).mT.to(torch.get_default_dtype())
+
+
+def antithetic(rows: int, columns: int, generator: Generator | None) -> Tensor:
+    """Independent columns and their negatives.
+
+    For features of one sign of the projection. Even ones (:class:`~.favor.Favor`, Fourier) see
+    every direction twice, which doubles their variance.
+    """
+    half = iid(rows, (columns + 1) // 2, generator)
+    return torch.cat([half, -half], 1)[:, :columns]
+
+
+PROJECTIONS: dict[str, Sampler] = {
+    sampler.__name__: sampler for sampler in (iid, orthogonal, sorf, simplex, qmc, antithetic)
+}
+
+
+def check_projection(name: str) -> str:
+    """A key of :data:`PROJECTIONS`, or ValueError."""
+    if name not in PROJECTIONS:
+        raise ValueError(f"projection must be one of {', '.join(PROJECTIONS)}, got {name!r}")
+    return name
+
+
+@torch.no_grad()
+def fill_(
+    omega: Tensor, projection: str, generator: Generator | None = None, parts: int = 1
+) -> Tensor:
+    """Draw a projection (E, columns) in place, each of ``parts`` equal parts by itself."""
+    sampler = PROJECTIONS[projection]
+    width = omega.shape[1] // parts
+    draws = [sampler(omega.shape[0], width, generator) for _ in range(parts)]
+    return omega.copy_(torch.cat(draws, 1))
+
+
+def orthogonal_random_matrix_(w: Tensor, generator: Generator | None = None) -> Tensor:
+    """Fill ``w`` (rows, columns) with :func:`orthogonal` columns; the older library's name."""
+    return fill_(w, "orthogonal", generator)
+
+
+def hadamard(x: Tensor) -> Tensor:
+    """The orthonormal Walsh-Hadamard transform of the first dimension, a power of 2."""
+    length = x.shape[0]
+    y, half = x.flatten(1), 1
+    while half < length:
+        first, second = y.view(length // (2 * half), 2, half, -1).unbind(1)
+        y = torch.stack([first + second, first - second], 1).view(length, -1)
+        half *= 2
+    return (y * length**-0.5).view(x.shape)
+
+
+def _in_groups(size: int, columns: int, group: Callable[[], Tensor]) -> Tensor:
+    return torch.cat([group() for _ in range(0, columns, size)], 1)[:, :columns]
+
+
+def _haar(size: int, generator: Generator | None) -> Tensor:
+    q, r = torch.linalg.qr(torch.randn(size, size, generator=generator, device="cpu"))
+    return q * r.diagonal().sign()
+
+
+def _norms(dims: int, columns: int, generator: Generator | None) -> Tensor:
+    """Norms of vectors of N(0, I)."""
+    return torch.randn(dims, columns, generator=generator, device="cpu").norm(dim=0)
+
+
+def _signs(size: int, generator: Generator | None) -> Tensor:
+    bits = torch.randint(2, (size,), generator=generator, device="cpu")
+    return 2.0 * bits - 1
