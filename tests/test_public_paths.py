@@ -105,6 +105,10 @@ PATHS = {
     ),
     "fast_transformers.recurrent._utils": "check_state",
     "fast_transformers.rotary": "RotaryEmbedding",
+    "fast_transformers.state": (
+        "State KeysValues Memory RotaryState ConditionalState CrossConditionalState "
+        "CrossLinearState open_state"
+    ),
     "fast_transformers.testing": "check_feature_map",
     "fast_transformers.transformers": (
         "TransformerEncoder TransformerEncoderLayer TransformerDecoder TransformerDecoderLayer"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
@@ -10,7 +11,8 @@ from .. import ops
 from ..causal_product import causal_dot_product
 from ..feature_maps import draw, features_of
 from ..masking import as_mask
-from .base import KernelAttention, key_mask
+from ..ops.choose import exporting
+from .base import KernelAttention, check_causal, draw_once, key_mask
 
 
 def causal_linear(Q: Tensor, K: Tensor, V: Tensor) -> Tensor:
@@ -29,6 +31,8 @@ class CausalLinearAttention(KernelAttention):
     :class:`~fast_transformers.attention.base.KernelAttention`.
     """
 
+    takes_state = True
+
     def forward(
         self,
         queries: Tensor,
@@ -37,18 +41,29 @@ class CausalLinearAttention(KernelAttention):
         attn_mask: Any,
         query_lengths: Any,
         key_lengths: Any,
-    ) -> Tensor:
+        *,
+        state: ops.LinearState | Sequence[Tensor] | None = None,
+        return_state: bool = False,
+    ) -> Any:
         """(N, L, H, E), (N, S, H, E), (N, S, H, M) to (N, L, H, M).
 
         Args:
             attn_mask: must be lower triangular; it may be larger than the inputs and on another
-                device.
+                device. None will do with a state.
             query_lengths: not used; padded queries give values that mean nothing.
             key_lengths: which keys are real, or None for all.
+            state: what an earlier call returned, which the keys follow, or the older library's
+                pair [S, Z]. Random features are not redrawn then: it would lose its meaning.
+            return_state: return the pair of values and the new state, S = L.
 
         Raises:
             RuntimeError: for an ``attn_mask`` that is not lower triangular.
+            ValueError: the same, with a state.
         """
+        if return_state or state is not None:
+            check_causal(attn_mask, "CausalLinearAttention")
+            values, state = self._go_on(queries, keys, values, key_lengths, state)
+            return (values, state) if return_state else values
         if attn_mask is None or not as_mask(attn_mask, "attn_mask").lower_triangular:
             raise RuntimeError(
                 "CausalLinearAttention only supports full lower triangular masks; pass "
@@ -63,3 +78,16 @@ class CausalLinearAttention(KernelAttention):
             key_mask=key_mask(key_lengths, keys),
             eps=self.eps,
         ).values
+
+    def _go_on(
+        self, queries: Tensor, keys: Tensor, values: Tensor, key_lengths: Any, state: Any
+    ) -> ops.Attended:
+        (draw if state is None else draw_once)(self.feature_map, queries.device)
+        features, mask = features_of(self.feature_map), key_mask(key_lengths, keys)
+        if mask is not None or exporting() or queries.shape[1] != 1:
+            return ops.causal_linear_attention(
+                queries, keys, values, features, key_mask=mask, state=state, eps=self.eps
+            )
+        q, k, v = queries[:, 0], keys[:, 0], values[:, 0]
+        out = ops.linear_attention_step(q, k, v, features, state=state, eps=self.eps)
+        return out._replace(values=out.values[:, None])

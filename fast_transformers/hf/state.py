@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..ops import LinearState
+from ..state import rows
 
 
 class RecurrentState:
@@ -38,30 +38,12 @@ class RecurrentState:
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Keep the given rows (1-D int64) of the batch, as beam search asks for."""
-        self.layers = _reorder(self.layers, beam_idx)
+        self.layers = rows.pick(self.layers, beam_idx)
 
     @property
     def nbytes(self) -> int:
         """Bytes that the state occupies."""
-        return _nbytes(self.layers)
+        return sum(x.nbytes for x in rows.tensors(self.layers))
 
     def __repr__(self) -> str:
         return f"RecurrentState(length={self.length}, nbytes={self.nbytes})"
-
-
-def _reorder(state: Any, rows: Tensor) -> Any:
-    if isinstance(state, LinearState):
-        return state.reorder(rows)
-    if isinstance(state, Tensor):
-        return state.index_select(0, rows.to(state.device))
-    if isinstance(state, tuple) and hasattr(state, "_fields"):
-        return type(state)(*(_reorder(part, rows) for part in state))
-    if isinstance(state, list | tuple):
-        return type(state)(_reorder(part, rows) for part in state)
-    return state  # None, or a count of tokens
-
-
-def _nbytes(state: Any) -> int:
-    if isinstance(state, LinearState | Tensor):
-        return state.nbytes
-    return sum(_nbytes(part) for part in state) if isinstance(state, list | tuple) else 0

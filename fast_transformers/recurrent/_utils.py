@@ -5,17 +5,9 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
-from ..feature_maps import draw
-
 
 def check_state(state: Any = None, memory: Any = None) -> Any:
     """``state``, or the value of the deprecated argument ``memory`` if only that is given."""
     if memory is not None:
         warnings.warn("'memory' is deprecated, use 'state' instead", DeprecationWarning, 3)
     return memory if state is None else state
-
-
-def draw_once(feature_map: Any, device: Any) -> None:
-    """Draw a map that cannot be used without; a live state never sees its features redrawn."""
-    if not getattr(feature_map, "drawn", False):
-        draw(feature_map, device)

@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import Tensor
 
 from ....attention.base import ProjectedAttention
+from ....state import RotaryState
+from ....state.parts import positions
 from ..._utils import check_state
-
-
-class RotaryState(NamedTuple):
-    """The state of the inner attention, and the position of the next token."""
-
-    attention: Any
-    position: int | Tensor  # a tensor where the step is exported: its graph would fix an int
 
 
 class RecurrentAttentionLayer(ProjectedAttention):
@@ -36,7 +31,8 @@ class RecurrentAttentionLayer(ProjectedAttention):
             attended, state = self.inner_attention(q, k, v, state)
         else:
             inner, position = RotaryState(None, 0) if state is None else state
-            q, k = (self.rotary(x[:, None], position)[:, 0] for x in (q, k))
+            at = positions(position, 1, None)
+            q, k = (self.rotary(x[:, None], at)[:, 0] for x in (q, k))
             attended, inner = self.inner_attention(q, k, v, inner)
             state = RotaryState(inner, position + 1)
         return self.out_projection(attended.flatten(1)), state

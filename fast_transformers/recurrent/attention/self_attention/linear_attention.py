@@ -8,9 +8,9 @@ from typing import Any
 from torch import Tensor
 
 from .... import ops
-from ....attention.base import KernelAttention
+from ....attention.base import KernelAttention, draw_once
 from ....feature_maps import features_of
-from ..._utils import check_state, draw_once
+from ..._utils import check_state
 
 
 class RecurrentLinearAttention(KernelAttention):
