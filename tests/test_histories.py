@@ -46,6 +46,11 @@ class Batch:
         return Batch(chosen, self.state.reorder(index) if reorder else self.state.select(index))
 
 
+def joined(batches: list[Batch]) -> Batch:
+    sequences = [sequence for batch in batches for sequence in batch.sequences]
+    return Batch(sequences, State.join([batch.state for batch in batches]))
+
+
 class World:
     """A model with its twin, and what happens."""
 
@@ -103,11 +108,21 @@ class World:
         room = MOST - len(batch.sequences)
         if room < 1:
             return batch
-        new = self.begin(rng, rng.randint(1, room))
-        both = [batch, new] if rng.random() < 0.5 else [new, batch]
-        return Batch(
-            [sequence for b in both for sequence in b.sequences],
-            State.join([b.state for b in both]),
+        both = [batch, self.begin(rng, rng.randint(1, room))]
+        rng.shuffle(both)
+        return joined(both)
+
+    def fork(self, batch: Batch, rng: random.Random) -> Batch:
+        """Two continuations of one state, neither of which knows of the other."""
+        if 2 * len(batch.sequences) > MOST:
+            return batch
+        return joined(
+            [
+                rng.choice([self.step, self.prefill])(
+                    Batch([s.forked() for s in batch.sequences], batch.state), rng
+                )
+                for _ in range(2)
+            ]
         )
 
     def keep(self, batch: Batch, rng: random.Random) -> Batch:
@@ -120,13 +135,6 @@ class World:
             return replace(batch, state=batch.state.reserve(rng.randint(1, 30)))
         return replace(batch, state=batch.state.clone() if what == 2 else batch.state.detach())
 
-    def retry(self, batch: Batch, rng: random.Random) -> Batch:
-        """A continuation that is thrown away, and another from the same state."""
-        for _ in range(rng.randint(1, 2)):
-            happen = rng.choice([self.step, self.prefill])
-            happen(Batch([s.forked() for s in batch.sequences], batch.state), rng)
-        return batch
-
     def begin(self, rng: random.Random, n: int) -> Batch:
         return self.prefill(Batch([Sequence() for _ in range(n)], State()), rng)
 
@@ -134,7 +142,7 @@ class World:
         """A random history; the sequences at its end and those that left."""
         events = [
             self.prefill, self.step, self.step, self.reorder, self.leave, self.join, self.keep,
-            self.retry,
+            self.fork,
         ]  # fmt: skip
         batch = self.begin(rng, rng.randint(1, 3))
         left = []
