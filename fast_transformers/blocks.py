@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -134,6 +135,11 @@ class Stack(nn.Module):
         layers: applied in order; an :class:`IntermediateOutput` is dispatched after each.
         norm_layer: applied to the output of the last layer, or None.
         event_dispatcher: a dispatcher or its name.
+
+    Attributes:
+        checkpointing: calls every layer in place of the stack, such as
+            ``torch.utils.checkpoint.checkpoint`` with its options, to keep no activations of it;
+            None keeps them. Not for calls with a state.
     """
 
     def __init__(
@@ -146,11 +152,15 @@ class Stack(nn.Module):
         self.layers = nn.ModuleList(layers)
         self.norm = norm_layer
         self.event_dispatcher = EventDispatcher.get(event_dispatcher)
+        self.checkpointing: Callable[..., Tensor] | None = None
 
     def run(self, x: Tensor, layer: Callable[[int, nn.Module, Tensor], Tensor]) -> Tensor:
         """Apply ``layer(i, module, x)`` for each layer, then the norm."""
         for i, module in enumerate(self.layers):
-            x = layer(i, module, x)
+            if self.checkpointing is not None and torch.is_grad_enabled():
+                x = self.checkpointing(layer, i, module, x)
+            else:
+                x = layer(i, module, x)
             self.event_dispatcher.dispatch(IntermediateOutput(self, x))
         return x if self.norm is None else self.norm(x)
 

@@ -7,19 +7,36 @@ if _find_spec("transformers") is None:
         "fast_transformers.hf needs the package transformers; pip install fast-transformers[hf]"
     )
 
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSeq2SeqLM,
+)
 
 from ..specs import parse_feature_map, register_feature_map
 from .configuration import FastTransformerConfig
+from .encoders import FastTransformerForMaskedLM, FastTransformerModel
 from .modeling import FastTransformerForCausalLM
+from .seq2seq import FastTransformerForSeq2SeqLM
 from .state import RecurrentState
 
 AutoConfig.register(FastTransformerConfig.model_type, FastTransformerConfig, exist_ok=True)
-AutoModelForCausalLM.register(FastTransformerConfig, FastTransformerForCausalLM, exist_ok=True)
+for _auto, _model in (
+    (AutoModel, FastTransformerModel),
+    (AutoModelForCausalLM, FastTransformerForCausalLM),
+    (AutoModelForMaskedLM, FastTransformerForMaskedLM),
+    (AutoModelForSeq2SeqLM, FastTransformerForSeq2SeqLM),
+):
+    _auto.register(FastTransformerConfig, _model, exist_ok=True)
 
 __all__ = [
     "FastTransformerConfig",
     "FastTransformerForCausalLM",
+    "FastTransformerForMaskedLM",
+    "FastTransformerForSeq2SeqLM",
+    "FastTransformerModel",
     "RecurrentState",
     "parse_feature_map",
     "register_feature_map",
