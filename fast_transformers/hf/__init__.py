@@ -18,6 +18,7 @@ from transformers import (
 from ..specs import parse_feature_map, register_feature_map
 from .configuration import FastTransformerConfig
 from .encoders import FastTransformerForMaskedLM, FastTransformerModel
+from .interface import attention_implementation, register_all
 from .modeling import FastTransformerForCausalLM
 from .seq2seq import FastTransformerForSeq2SeqLM
 from .state import RecurrentState
@@ -30,6 +31,7 @@ for _auto, _model in (
     (AutoModelForSeq2SeqLM, FastTransformerForSeq2SeqLM),
 ):
     _auto.register(FastTransformerConfig, _model, exist_ok=True)
+register_all()
 
 __all__ = [
     "FastTransformerConfig",
@@ -38,6 +40,7 @@ __all__ = [
     "FastTransformerForSeq2SeqLM",
     "FastTransformerModel",
     "RecurrentState",
+    "attention_implementation",
     "parse_feature_map",
     "register_feature_map",
 ]
