@@ -7,6 +7,14 @@ if _find_spec("transformers") is None:
         "fast_transformers.hf needs the package transformers; pip install fast-transformers[hf]"
     )
 
+from transformers import __version__ as _found
+
+if not (5, 4) <= tuple(map(int, _found.split(".")[:2])) < (6,):  # interfaces change between
+    raise ImportError(
+        f"fast_transformers.hf works with transformers>=5.4,<6, found {_found}; "
+        "pip install 'transformers>=5.4,<6'"
+    )
+
 from transformers import (
     AutoConfig,
     AutoModel,

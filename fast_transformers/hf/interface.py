@@ -18,7 +18,7 @@ try:
 except ImportError as error:
     raise ImportError(
         f"transformers {transformers.__version__} has no attention interface that "
-        f"fast_transformers.hf knows ({error}); install transformers>=5,<6"
+        f"fast_transformers.hf knows: {error}; install one of 5.4 to 5.23"
     ) from error
 
 PREFIX = "fast_transformers:"
