@@ -24,6 +24,7 @@ from transformers import (
 )
 
 from ..specs import parse_feature_map, register_feature_map
+from .cache import StateCache
 from .configuration import FastTransformerConfig
 from .encoders import FastTransformerForMaskedLM, FastTransformerModel
 from .interface import attention_implementation, register_all
@@ -48,6 +49,7 @@ __all__ = [
     "FastTransformerForSeq2SeqLM",
     "FastTransformerModel",
     "RecurrentState",
+    "StateCache",
     "attention_implementation",
     "parse_feature_map",
     "register_feature_map",

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from .. import ops
 from ..feature_maps import RandomFeatureMap, draw, features_of
 from ..specs import FEATURE_MAPS, parse_feature_map
+from .cache import OWNER, PREFIX, LinearLayer
 
 try:
     from transformers import AttentionInterface, AttentionMaskInterface
@@ -21,7 +22,6 @@ except ImportError as error:
         f"fast_transformers.hf knows: {error}; install one of 5.4 to 5.23"
     ) from error
 
-PREFIX = "fast_transformers:"
 MASKS = (causal_mask_function, bidirectional_mask_function)
 # what an attention of transformers may be asked for and sums over the keys cannot do
 UNKNOWN = ("sliding_window", "softcap", "position_bias", "s_aux", "head_mask")
@@ -40,7 +40,8 @@ def attention_implementation(spec: str) -> str:
 
     "Transformers are RNNs" (Katharopoulos et al. 2020), equations 4 to 12, in place of every
     softmax attention of a model: over all keys or over the past, with padding on either side,
-    grouped queries, and the cache of transformers, which keeps all keys and values. Maps that
+    grouped queries, and caches: those of transformers, which keep all keys and values, or a
+    :class:`~.cache.StateCache` of constant size. Maps that
     approximate exp(temp q.k) do so with the model's own temperature. Random features are drawn
     from the number of the layer, so that every process draws alike; a map's own weights become
     part of the attention module at its first call.
@@ -136,6 +137,9 @@ def attention(
     if abs(factor - 1) > 1e-6:  # maps stand for the dot product divided by sqrt(E)
         q, k = q * factor**0.5, k * factor**0.5
     feature_map = feature_map_of(module, spec, q)
+    layer = getattr(key, OWNER, None)
+    if layer is not None:
+        return _go_on(layer, feature_map, q, k, v, attention_mask)
     length, keys = q.shape[1], k.shape[1]
     if keys <= length:  # features must not change under the keys of a cache
         draw(feature_map, q.device)
@@ -150,6 +154,22 @@ def attention(
         state = ops.linear_attention(*past, phi, key_mask=seen).state
         k, v, mask = k[:, before:], v[:, before:], None if mask is None else mask[:, before:]
     return ops.causal_linear_attention(q, k, v, phi, key_mask=mask, state=state).values
+
+
+def _go_on(
+    layer: LinearLayer, feature_map: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None
+) -> Tensor:
+    """Tokens that follow the past of a cache's layer, which moves on."""
+    if layer.state is None:
+        draw(feature_map, q.device)
+    phi = features_of(feature_map)
+    if q.shape[1] == 1 and mask is None:
+        now = ops.linear_attention_step(q[:, 0], k[:, 0], v[:, 0], phi, state=layer.state)
+        now = now._replace(values=now.values[:, None])
+    else:
+        now = ops.causal_linear_attention(q, k, v, phi, key_mask=mask, state=layer.state)
+    layer.state = now.state
+    return now.values
 
 
 def feature_map_of(module: nn.Module, spec: str, q: Tensor) -> Any:

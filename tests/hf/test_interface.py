@@ -26,9 +26,10 @@ from transformers import (
 
 from fast_transformers import ops
 from fast_transformers.feature_maps import Favor, features_of
-from fast_transformers.hf import attention_implementation
+from fast_transformers.hf import StateCache, attention_implementation
 from fast_transformers.hf.interface import attention
 from fast_transformers.specs import FEATURE_MAPS, register_feature_map
+from fast_transformers.state import State
 from tests.maps import Asymmetric
 
 SPECS = ["elu", "favor:n_dims=64", "generalized:n_dims=32", "smoothed-rff:n_dims=65"]
@@ -132,6 +133,38 @@ def test_caches(make, spec):
         cached = model.generate(ids, num_beams=beams, **GREEDY)
         again = model.generate(ids, num_beams=beams, use_cache=False, **GREEDY)
         assert torch.equal(cached, again)
+
+
+@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize("make", [llama, gpt2])
+def test_a_cache_of_constant_size(make, spec, tmp_path):
+    model, ids = make(spec), tokens()
+    mask = torch.ones(3, 9, dtype=torch.long)
+    mask[1, :4] = 0
+    for beams in (1, 3):
+        options = {**GREEDY, "num_beams": beams, "attention_mask": mask}
+        cached = model.generate(ids, past_key_values=StateCache(model), **options)
+        assert torch.equal(cached, model.generate(ids, use_cache=False, **options))
+    whole, cache, logits = model(ids).logits, StateCache(model), []
+    for piece in ids.split([4, 3, 1, 1], 1):
+        logits.append(model(piece, past_key_values=cache).logits)
+        if cache.get_seq_length() == 4:
+            kept, size = cache.state, cache.nbytes
+            kept.save(tmp_path / "state")
+    torch.testing.assert_close(torch.cat(logits, 1), whole, rtol=1e-4, atol=1e-4)
+    assert cache.nbytes == size > 0
+    for state in (kept, State.load(tmp_path / "state")):
+        again = StateCache(model, state)
+        assert again.get_seq_length() == 4
+        rest = model(ids[:, 4:], past_key_values=again).logits
+        torch.testing.assert_close(rest, whole[:, 4:], rtol=1e-4, atol=1e-4)
+    cache.reset()
+    assert cache.get_seq_length() == cache.nbytes == 0
+    with pytest.raises(ValueError, match="state must be that of 2 layers"):
+        StateCache(model, State([None], 3))
+    model.set_attn_implementation("sdpa")
+    with pytest.raises(ValueError, match="got a model with attn_implementation='sdpa'"):
+        StateCache(model)
 
 
 @pytest.mark.parametrize("make", [llama, gpt2])
