@@ -26,6 +26,7 @@ class LinearLayer(CacheLayerMixin):
     def __init__(self, state: Any = None, length: int = 0) -> None:
         super().__init__()
         self.state, self.length = state, length
+        self.waiting = False  # for the attention to take the last keys
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Nothing is allocated before the attention has seen a token."""
@@ -34,9 +35,19 @@ class LinearLayer(CacheLayerMixin):
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """The new keys and values as they are, marked as following this layer's past."""
+        if self.waiting:
+            raise RuntimeError(
+                "a StateCache needs attention that is handed the keys as the cache returns them, "
+                "which this model's is not; leave out past_key_values"
+            )
+        self.waiting = True
         self.length += key_states.shape[-2]
         setattr(key_states, OWNER, self)
         return key_states, value_states
+
+    def advance(self, state: Any) -> None:
+        """Take the state after the keys of the last :meth:`update`."""
+        self.state, self.waiting = state, False
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Number of keys that the attention is handed, and how many came before them."""
@@ -51,7 +62,7 @@ class LinearLayer(CacheLayerMixin):
     get_max_cache_shape = get_max_length  # its older name
 
     def reset(self) -> None:
-        self.state, self.length = None, 0
+        self.state, self.length, self.waiting = None, 0, False
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         if self.state is not None:

@@ -168,7 +168,7 @@ def _go_on(
         now = now._replace(values=now.values[:, None])
     else:
         now = ops.causal_linear_attention(q, k, v, phi, key_mask=mask, state=layer.state)
-    layer.state = now.state
+    layer.advance(now.state)
     return now.values
 
 

@@ -160,6 +160,9 @@ def test_a_cache_of_constant_size(make, spec, tmp_path):
         torch.testing.assert_close(rest, whole[:, 4:], rtol=1e-4, atol=1e-4)
     cache.reset()
     assert cache.get_seq_length() == cache.nbytes == 0
+    cache.update(torch.zeros(3, 2, 1, 8), torch.zeros(3, 2, 1, 8), 0)
+    with pytest.raises(RuntimeError, match="handed the keys as the cache returns them"):
+        cache.update(torch.zeros(3, 2, 1, 8), torch.zeros(3, 2, 1, 8), 0)
     with pytest.raises(ValueError, match="state must be that of 2 layers"):
         StateCache(model, State([None], 3))
     model.set_attn_implementation("sdpa")
