@@ -35,12 +35,19 @@ class RotaryEmbedding(nn.Module):
         self.query_dimensions, self.base = query_dimensions, base
 
     def forward(self, x: Tensor, start: int | Tensor = 0) -> Tensor:
-        """Rotate ``x`` (N, L, H, E), whose first token is at position ``start``."""
+        """Rotate ``x`` (N, L, H, E).
+
+        Args:
+            start: position of the first token, or (N, L) positions of all.
+        """
         half = self.query_dimensions // 2
         exact = {"device": x.device, "dtype": torch.promote_types(x.dtype, torch.float32)}
         exponents = torch.arange(half, **exact) / half
-        positions = torch.arange(x.shape[1], **exact) + start
-        angles = positions[:, None, None] * self.base**-exponents  # (L, 1, E/2)
+        if isinstance(start, Tensor) and start.ndim == 2:
+            positions = start.to(**exact)
+        else:
+            positions = torch.arange(x.shape[1], **exact) + start
+        angles = positions[..., None, None] * self.base**-exponents  # (L, 1, E/2), (N, L, 1, E/2)
         cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
         first, second = x[..., :half], x[..., half:]
         return torch.cat([first * cos - second * sin, first * sin + second * cos], -1)

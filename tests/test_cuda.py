@@ -11,6 +11,7 @@ from fast_transformers import ops
 from fast_transformers.builders import RecurrentEncoderBuilder, TransformerEncoderBuilder
 from fast_transformers.feature_maps import Favor, elu_feature_map, features_of
 from fast_transformers.masking import LengthMask, TriangularCausalMask
+from fast_transformers.state import State
 from fast_transformers.utils import make_mirror
 from tests.maps import BUILT_IN, CATALOGUE
 from tests.support import DTYPES, assert_as_accurate, differentiate, make_qkv
@@ -54,3 +55,33 @@ def test_a_model_and_its_recurrent_twin(attention, name) -> None:
     with torch.autocast("cuda", torch.bfloat16):
         model.train()(x, TriangularCausalMask(12, device="cuda")).sum().backward()
     assert all(p.grad.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("attention", ["causal-linear", "full", "conditional-full:causal-linear"])
+@torch.inference_mode()
+def test_a_state_goes_on_in_every_mode(attention, dtype, tmp_path) -> None:
+    """Padded prompts, rows joined and reordered, a file, a chunk, and a step of either form."""
+    options = {"attention_type": attention, "n_layers": 2, "n_heads": 2, "rotary": True}
+    options |= {"query_dimensions": 32, "value_dimensions": 32, "length_limit": 20}
+    options |= {"feature_map": Favor.factory(n_dims=64)}
+    builders = (TransformerEncoderBuilder, RecurrentEncoderBuilder)
+    model, twin = (b.from_kwargs(**options).get().cuda().to(dtype).eval() for b in builders)
+    make_mirror(model, twin)
+    x = torch.randn(3, 40, 64, device="cuda", dtype=dtype)
+    lengths = torch.tensor([23, 5, 11])
+    mask = (torch.arange(23) < lengths[:, None]).cuda()
+    prompt = x[:, :23].masked_fill(~mask[..., None], torch.nan)
+    _, state = model(prompt, length_mask=mask, return_state=True)
+    state = State.join([state.select([2, 0]), state.select([1])])
+    state.reorder(torch.tensor([1, 2, 0])).save(tmp_path / "state")
+    state = State.load(tmp_path / "state", "cuda")
+    assert state.positions.tolist() == lengths.tolist()
+    y, state = model(x[:, 23:30], state=state, return_state=True)
+    step, state = twin(x[:, 30], state)
+    last, _ = model(x[:, 31:32], state=state, return_state=True)
+    outputs = torch.cat([y, step[:, None], last], 1)
+    tolerance = 1e-3 if dtype == torch.float32 else 0.1
+    for i, n in enumerate(lengths.tolist()):
+        alone, _ = model(torch.cat([x[i, :n], x[i, 23:32]])[None], return_state=True)
+        torch.testing.assert_close(outputs[i], alone[0, n:], rtol=tolerance, atol=tolerance)

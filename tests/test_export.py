@@ -33,8 +33,8 @@ from fast_transformers.feature_maps import (
     with_positions,
 )
 from fast_transformers.masking import LengthMask, TriangularCausalMask
-from fast_transformers.recurrent._utils import PositionState
 from fast_transformers.specs import FEATURE_MAPS
+from fast_transformers.state import PositionState
 from tests import support
 from tests.models import SMALL
 from tests.support import assert_as_accurate, differentiate, make_qkv

@@ -10,6 +10,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "fast_transformers"
 ORDER = [
     "ops",
+    "state",
     "masking",
     "events",
     "feature_maps",
@@ -19,6 +20,7 @@ ORDER = [
     "testing",
     "attention_registry",
     "attention",
+    "blocks",
     "transformers",
     "recurrent",
     "builders",

@@ -108,6 +108,10 @@ PATHS = {
     ),
     "fast_transformers.recurrent._utils": "check_state",
     "fast_transformers.rotary": "RotaryEmbedding",
+    "fast_transformers.state": (
+        "State KeysValues Memory PositionState ConditionalState CrossConditionalState "
+        "CrossLinearState open_state"
+    ),
     "fast_transformers.testing": "check_feature_map",
     "fast_transformers.transformers": (
         "TransformerEncoder TransformerEncoderLayer TransformerDecoder TransformerDecoderLayer"

@@ -5,11 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from .. import ops
 from ..events import EventDispatcher
-from ..feature_maps import build_feature_map
+from ..feature_maps import build_feature_map, draw, features_of, with_positions
+from ..feature_maps.adapt import needs_positions
 from ..masking import as_mask, key_padding
+from ..state import CrossLinearState, KeysValues
+from ..state.parts import Count, positions
 
 
 class KernelAttention(nn.Module):
@@ -89,6 +94,15 @@ class ConditionalAttention(nn.Module):
         self.length_limit = length_limit
         self.event_dispatcher = EventDispatcher.get(event_dispatcher)
 
+    def cut(self, full: KeysValues, lengths: Tensor) -> KeysValues | None:
+        """The cache after (N,) tokens, of which some sequences may need it longer than others.
+
+        Waits for the device once in ``length_limit`` tokens, to see what is still needed.
+        """
+        if full.length <= 2 * self.length_limit or torch.compiler.is_compiling():
+            return full
+        return None if int(lengths.min()) >= self.length_limit else full.trimmed()
+
 
 class ProjectedAttention(nn.Module):
     """Base of the layers that project to heads, attend, and project back.
@@ -137,8 +151,42 @@ class ProjectedAttention(nn.Module):
 
 
 def key_mask(key_lengths: Any, keys: Tensor) -> Tensor | None:
-    """The (N, S) matrix of real keys on their device, or None if all are known to be real."""
+    """Which keys (N, S, ...) are real: (N, S) bool on their device, or None for all."""
     if key_lengths is None:
         return None
     mask = key_padding(as_mask(key_lengths, "key_lengths"), keys.shape[0], keys.shape[1])
     return None if mask is None else mask.to(keys.device)
+
+
+def at_positions(feature_map: Any, x: Tensor, lengths: Any, start: Count = 0) -> Tensor:
+    """x (N, L, H, E) as a positional map wants it, padding not counted."""
+    if not needs_positions(feature_map):
+        return x
+    return with_positions(feature_map, x, positions(start, x.shape[1], key_mask(lengths, x)))
+
+
+def draw_once(feature_map: Any, device: Any) -> None:
+    """Draw a map that cannot be used without; a live state never sees its features redrawn."""
+    if not getattr(feature_map, "drawn", False):
+        draw(feature_map, device)
+
+
+def check_causal(attn_mask: Any, name: str) -> None:
+    """Attention that hands on a state looks back alone; None says so, too.
+
+    Raises:
+        ValueError: for a mask that is not lower triangular.
+    """
+    if attn_mask is not None and not as_mask(attn_mask, "attn_mask").lower_triangular:
+        raise ValueError(
+            f"attn_mask of a {name} with a state must be None or lower triangular: what a state "
+            "remembers is the past; pass padding as key_lengths"
+        )
+
+
+def sum_up(feature_map: Any, keys: Tensor, values: Tensor, key_lengths: Any) -> CrossLinearState:
+    """The sums over a memory (N, S, H, E), (N, S, H, M)."""
+    mask = key_mask(key_lengths, keys)
+    features, keys = features_of(feature_map), at_positions(feature_map, keys, key_lengths)
+    summed = ops.linear_attention(keys[:, :0], keys, values, features, key_mask=mask).state
+    return CrossLinearState(summed.kv, summed.z, summed.shift)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from ..transformers import NORMS
+from ..blocks import NORMS
 
 
 def _one_of(*choices: str) -> Callable[[Any], str | None]:

@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import nn
 
+from ..blocks import NORMS
 from ..rotary import RotaryEmbedding
-from ..transformers import NORMS
 from .attention_builders import BaseAttentionBuilder
 from .base import BaseBuilder, show, unknown_option
 from .options import CommonOptions, Option

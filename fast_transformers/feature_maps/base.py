@@ -150,7 +150,7 @@ class FeatureMap(nn.Module):
         """What a positional map needs of positions, behind the dimensions of x (N, L, H, E).
 
         Attention calls this for maps that are ``positional``; ``start`` is the position of the
-        first token.
+        first token, or (N, L) positions of all.
         """
         raise NotImplementedError(f"{type(self).__name__} takes no positions")
 

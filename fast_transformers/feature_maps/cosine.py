@@ -51,7 +51,10 @@ class CosReweight(Wrapper):
         return 2 * self.inner.feature_dims
 
     def add_positions(self, x: Tensor, start: int | Tensor = 0) -> Tensor:
-        """x (N, L, H, E) from position ``start`` on, with cosine and sine behind: (N, L, H, E+2).
+        """x (N, L, H, E) with cosine and sine behind: (N, L, H, E + 2).
+
+        Args:
+            start: position of the first token, or (N, L) positions of all.
 
         Raises:
             ValueError: for positions beyond ``max_length``.
@@ -63,10 +66,13 @@ class CosReweight(Wrapper):
                 f"{start + length - 1}; make it with a larger max_length"
             )
         dtype = torch.promote_types(x.dtype, torch.float32)
-        positions = torch.arange(length, device=x.device, dtype=dtype) + start + 0.5
-        angles = positions[:, None] * (math.pi / 2 / self.max_length)
-        turned = torch.cat([angles.cos(), angles.sin()], -1).to(x.dtype)  # (L, 2)
-        return torch.cat([x, turned[:, None].expand(*x.shape[:-1], 2)], -1)
+        if isinstance(start, Tensor) and start.ndim == 2:
+            positions = start.to(x.device, dtype)
+        else:
+            positions = torch.arange(length, device=x.device, dtype=dtype) + start
+        angles = (positions[..., None] + 0.5) * (math.pi / 2 / self.max_length)
+        turned = torch.cat([angles.cos(), angles.sin()], -1).to(x.dtype)  # (L, 2) or (N, L, 2)
+        return torch.cat([x, turned[..., None, :].expand(*x.shape[:-1], 2)], -1)
 
     def _split(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x itself, and its cosine and sine as factors (..., 1, 2)."""

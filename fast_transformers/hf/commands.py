@@ -112,7 +112,7 @@ def _text(args: argparse.Namespace, model: FastTransformerForCausalLM, sampling:
         raise ValueError(f"--length must be from 1 to {2**20}, got {count}")
     with _output(args.out) as out:
         generated = _stream(model, prompt, count, sampling, out)
-    sys.stderr.write(f"{generated.tokens.numel() / generated.seconds:.0f} bytes/s\n")
+    sys.stderr.write(f"{generated.tokens.numel() / generated.seconds:.0f} tokens/s (bytes/s)\n")
     return 0
 
 

@@ -1,4 +1,4 @@
-"""The configuration of a :class:`~.modeling.FastTransformerForCausalLM`."""
+"""The configuration of the models for transformers."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ from typing import Any, ClassVar
 
 from transformers import PreTrainedConfig
 
-from ..builders import RecurrentEncoderBuilder, TransformerEncoderBuilder
+from ..builders import TransformerDecoderBuilder, TransformerEncoderBuilder
 from ..specs import parse_feature_map
 
 LARGEST = {
     "vocab_size": 2**24,
     "n_positions": 2**24,
     "n_layers": 2**10,
+    "decoder_layers": 2**10,
     "n_heads": 2**10,
     "d_model": 2**16,
     "feed_forward": 2**18,
@@ -20,7 +21,7 @@ LARGEST = {
 
 
 class FastTransformerConfig(PreTrainedConfig):
-    """Everything that :class:`~.modeling.FastTransformerForCausalLM` is built from; all JSON.
+    """Everything that the models for transformers are built from; all JSON.
 
     Args:
         vocab_size: number of tokens.
@@ -29,8 +30,13 @@ class FastTransformerConfig(PreTrainedConfig):
         n_heads: number of heads H.
         d_model: dimensions of a token; queries, keys and values have ``d_model // n_heads``.
         feed_forward: dimensions inside the feed-forward network, default ``4 * d_model``.
-        attention: a name of the attention registry, or a composition of names. It must be able
-            to attend causally.
+        attention: a name of the attention registry, or a composition of names. In causal language
+            models and decoders it must be able to attend causally.
+        causal: whether a plain :class:`~.encoders.FastTransformerModel` attends causally.
+        is_encoder_decoder: build an encoder and a decoder; the next three are for those alone.
+        decoder_layers: number of layers of the decoder, default ``n_layers``.
+        encoder_attention: as ``attention``, of the encoder.
+        cross_attention: as ``attention``, from the decoder to the encoder's output.
         feature_map: spec of the feature map of the linear attentions, see
             :func:`~fast_transformers.specs.parse_feature_map`.
         softmax_temp: factor of the dot products in softmax attention, default 1/sqrt(E).
@@ -61,6 +67,12 @@ class FastTransformerConfig(PreTrainedConfig):
     d_model: int = 128
     feed_forward: int | None = None
     attention: str = "causal-linear"
+    causal: bool = True
+    is_encoder_decoder: bool = False
+    decoder_layers: int | None = None
+    encoder_attention: str = "linear"
+    cross_attention: str = "linear"
+    decoder_start_token_id: int | None = None
     feature_map: str = "elu"
     softmax_temp: float | None = None
     attention_dropout: float = 0.0
@@ -86,48 +98,49 @@ class FastTransformerConfig(PreTrainedConfig):
         if not isinstance(self.task, dict):
             raise ValueError(f"task must be a dictionary, got {self.task!r}")
         self.encoder_builder(TransformerEncoderBuilder)
+        if self.is_encoder_decoder:
+            self.decoder_builder(TransformerDecoderBuilder)
 
     def encoder_builder(self, builder: type[Any]) -> Any:
-        """A builder, batch or recurrent, that has these options.
+        """A builder of encoders that has these options.
 
         Raises:
             ValueError: for an option that the builder refuses.
         """
+        attention = self.encoder_attention if self.is_encoder_decoder else self.attention
         return builder.from_kwargs(
-            attention_type=self.attention,
-            feature_map=parse_feature_map(self.feature_map),
-            n_layers=self.n_layers,
-            n_heads=self.n_heads,
-            query_dimensions=self.d_model // self.n_heads,
-            value_dimensions=self.d_model // self.n_heads,
-            feed_forward_dimensions=self.feed_forward,
-            softmax_temp=self.softmax_temp,
-            attention_dropout=self.attention_dropout,
-            dropout=self.dropout,
-            activation=self.activation,
-            norm_first=self.norm_first,
-            norm_type=self.norm_type,
-            rotary=self.rotary,
+            attention_type=attention, n_layers=self.n_layers, **self._options()
         )
 
-    def recurrent_builder(self) -> Any:
-        """The builder of the recurrent twin.
+    def decoder_builder(self, builder: type[Any]) -> Any:
+        """A builder of decoders that has these options; ValueError as above."""
+        return builder.from_kwargs(
+            self_attention_type=self.attention,
+            cross_attention_type=self.cross_attention,
+            n_layers=self.decoder_layers or self.n_layers,
+            **self._options(),
+        )
 
-        Raises:
-            ValueError: if the attention has none.
-        """
-        try:
-            return self.encoder_builder(RecurrentEncoderBuilder)
-        except ValueError as error:
-            raise ValueError(
-                f"attention {self.attention!r} cannot generate token by token: {error}; pass "
-                "use_cache=False to recompute the sequence for every token"
-            ) from error
+    def _options(self) -> dict[str, Any]:
+        return {
+            "feature_map": parse_feature_map(self.feature_map),
+            "n_heads": self.n_heads,
+            "query_dimensions": self.d_model // self.n_heads,
+            "value_dimensions": self.d_model // self.n_heads,
+            "feed_forward_dimensions": self.feed_forward,
+            "softmax_temp": self.softmax_temp,
+            "attention_dropout": self.attention_dropout,
+            "dropout": self.dropout,
+            "activation": self.activation,
+            "norm_first": self.norm_first,
+            "norm_type": self.norm_type,
+            "rotary": self.rotary,
+        }
 
     def _check_sizes(self) -> None:
         for name, largest in LARGEST.items():
             value = getattr(self, name)
-            if name == "feed_forward" and value is None:
+            if name in ("feed_forward", "decoder_layers") and value is None:
                 continue
             if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= largest:
                 raise ValueError(
@@ -141,5 +154,6 @@ class FastTransformerConfig(PreTrainedConfig):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1:
                 raise ValueError(f"{name} must be at least 0 and below 1, got {value!r}")
-        if not isinstance(self.attention, str):
-            raise ValueError(f"attention must be a name, got {self.attention!r}")
+        for name in ("attention", "encoder_attention", "cross_attention"):
+            if not isinstance(value := getattr(self, name), str):
+                raise ValueError(f"{name} must be a name, got {value!r}")

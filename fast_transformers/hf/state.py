@@ -1,4 +1,4 @@
-"""What a model remembers while it generates, as ``generate`` of transformers wants it."""
+"""The state of a model, as ``generate`` of transformers wants it."""
 
 from __future__ import annotations
 
@@ -6,62 +6,80 @@ from typing import Any
 
 from torch import Tensor
 
-from ..ops import LinearState
+from ..state import State
 
 
 class RecurrentState:
-    """The states of all layers; ``generate`` hands it over as ``past_key_values``.
+    """A :class:`~fast_transformers.state.State` that ``generate`` hands over and changes.
 
-    For linear attention its size does not depend on the length; for softmax attention it is
-    the usual cache of keys and values.
+    Like every ``past_key_values`` of transformers this one moves on when a model reads tokens;
+    its ``state`` is a value, to be kept and gone back to:
+
+        kept = cache.state                      # after a prompt, say
+        cache = RecurrentState(kept, cache.length)
+
+    For linear attention the size does not depend on the length; for softmax attention it is a
+    cache of keys and values with room for more.
 
     Attributes:
-        layers: state of each layer, None before the first token.
-        length: number of tokens seen.
+        state: what the layers remember.
+        length: number of tokens handed over, padding included.
     """
 
     is_compileable = False
     is_croppable = False
 
-    def __init__(self) -> None:
-        self.layers: list[Any] | None = None
-        self.length = 0
+    def __init__(self, state: State | None = None, length: int = 0) -> None:
+        self.state = State() if state is None else state
+        self.length = length
 
-    def advance(self, layers: list[Any]) -> None:
-        """Take the states of the layers after one more token."""
-        self.layers = layers
-        self.length += 1
+    def advance(self, state: State, tokens: int) -> None:
+        """Take the state after ``tokens`` more."""
+        self.state = state
+        self.length += tokens
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Number of tokens seen."""
+        """Number of tokens handed over, padding included."""
         return self.length
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Keep the given rows (1-D int64) of the batch, as beam search asks for."""
-        self.layers = _reorder(self.layers, beam_idx)
+        self.state = self.state.reorder(beam_idx)
 
     @property
     def nbytes(self) -> int:
         """Bytes that the state occupies."""
-        return _nbytes(self.layers)
+        return self.state.nbytes
 
     def __repr__(self) -> str:
         return f"RecurrentState(length={self.length}, nbytes={self.nbytes})"
 
 
-def _reorder(state: Any, rows: Tensor) -> Any:
-    if isinstance(state, LinearState):
-        return state.reorder(rows)
-    if isinstance(state, Tensor):
-        return state.index_select(0, rows.to(state.device))
-    if isinstance(state, tuple) and hasattr(state, "_fields"):
-        return type(state)(*(_reorder(part, rows) for part in state))
-    if isinstance(state, list | tuple):
-        return type(state)(_reorder(part, rows) for part in state)
-    return state  # None, or a count of tokens
+def real_tokens(mask: Tensor | None, length: int, name: str = "attention_mask") -> Tensor | None:
+    """Which of the last ``length`` tokens a mask (N, >= length) keeps, as bool; None for all.
+
+    Waits for the device: a batch without padding is cheaper from here on.
+
+    Raises:
+        ValueError: for a mask of another shape.
+    """
+    if mask is None:
+        return None
+    if mask.ndim != 2 or mask.shape[1] < length:
+        raise ValueError(
+            f"{name} must have shape (N, {length}), 1 for tokens and 0 for padding, or more "
+            f"columns for the tokens before, got {tuple(mask.shape)}"
+        )
+    kept = mask[:, mask.shape[1] - length :].bool()
+    return None if bool(kept.all()) else kept
 
 
-def _nbytes(state: Any) -> int:
-    if isinstance(state, LinearState | Tensor):
-        return state.nbytes
-    return sum(_nbytes(part) for part in state) if isinstance(state, list | tuple) else 0
+def check_stateful(stack: Any) -> None:
+    """Raise ValueError unless every layer of an encoder or decoder can hand on its state."""
+    for layer in stack.layers:
+        own = layer.attention if hasattr(layer, "attention") else layer.self_attention
+        if not getattr(own.inner_attention, "takes_state", False):
+            raise ValueError(
+                f"attention {type(own.inner_attention).__name__} cannot generate token by token: "
+                "it has no state; pass use_cache=False to recompute the sequence for every token"
+            )

@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from ..transformers import DecoderBlock, EncoderBlock, Stack, length_mask_or_full
+from ..blocks import DecoderBlock, EncoderBlock, Stack, length_mask_or_full, needed
+from ..state import State, open_state
 from ._utils import check_state
 
 
@@ -34,20 +35,23 @@ class RecurrentTransformerEncoder(Stack):
     """The recurrent twin of :class:`~fast_transformers.transformers.TransformerEncoder`.
 
     Causal by nature. Its state is a list with an entry for each layer; the list that is passed
-    in stays as it is.
+    in stays as it is. A :class:`~fast_transformers.state.State`, such as the twin returns for a
+    prompt, or ``State()``, goes on as a :class:`~fast_transformers.state.State`.
     """
 
     def forward(
         self, x: Tensor, state: Sequence[Any] | None = None, memory: Any = None
-    ) -> tuple[Tensor, list[Any]]:
+    ) -> tuple[Tensor, Any]:
         """(N, d_model) and a state (None at first) to (N, d_model) and the new state."""
-        states = list(check_state(state, memory) or [None] * len(self.layers))
+        past = check_state(state, memory)
+        states = list(open_state(past, len(self.layers)))
 
         def step(i: int, layer: Any, x: Tensor) -> Tensor:
             x, states[i] = layer(x, states[i])
             return x
 
-        return self.run(x, step), states
+        y = self.run(x, step)
+        return y, past.advance(states, 1) if isinstance(past, State) else states
 
 
 class RecurrentTransformerDecoderLayer(DecoderBlock):
@@ -59,7 +63,7 @@ class RecurrentTransformerDecoderLayer(DecoderBlock):
     def forward(
         self,
         x: Tensor,
-        memory: Tensor,
+        memory: Tensor | None,
         memory_length_mask: Any = None,
         state: Sequence[Any] | None = None,
     ) -> tuple[Tensor, list[Any]]:
@@ -67,7 +71,7 @@ class RecurrentTransformerDecoderLayer(DecoderBlock):
 
         The memory is read with the first token; after that it is found in the state.
         """
-        lengths = length_mask_or_full(memory_length_mask, memory, "memory_length_mask")
+        lengths = memory_lengths(memory, memory_length_mask, state)
         states = [None, None] if state is None else list(state)
 
         def attend(x: Tensor) -> Tensor:
@@ -89,16 +93,28 @@ class RecurrentTransformerDecoder(Stack):
     def forward(
         self,
         x: Tensor,
-        memory: Tensor,
+        memory: Tensor | None,
         memory_length_mask: Any = None,
         state: Sequence[Any] | None = None,
-    ) -> tuple[Tensor, list[Any]]:
-        """(N, d_model), (N, S, d_memory) to (N, d_model) and a list of the layers' states."""
-        lengths = length_mask_or_full(memory_length_mask, memory, "memory_length_mask")
-        states = list(state or [None] * len(self.layers))
+    ) -> tuple[Tensor, Any]:
+        """(N, d_model), (N, S, d_memory) to (N, d_model) and a list of the layers' states.
+
+        A :class:`~fast_transformers.state.State` goes on as one; its memory is in it, and None
+        will do for ``memory`` then.
+        """
+        lengths = memory_lengths(memory, memory_length_mask, state)
+        states = list(open_state(state, len(self.layers)))
 
         def step(i: int, layer: Any, x: Tensor) -> Tensor:
             x, states[i] = layer(x, memory, memory_length_mask=lengths, state=states[i])
             return x
 
-        return self.run(x, step), states
+        y = self.run(x, step)
+        return y, state.advance(states, 1) if isinstance(state, State) else states
+
+
+def memory_lengths(memory: Tensor | None, mask: Any, state: Any) -> Any:
+    """The mask of the memory as an object; None if only the state knows the memory."""
+    if memory is None and (mask is not None or not state):
+        needed(memory)
+    return None if memory is None else length_mask_or_full(mask, memory, "memory_length_mask")

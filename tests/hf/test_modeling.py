@@ -102,7 +102,7 @@ def test_loaded_random_maps_redraw_each_with_a_seed_of_its_own(tmp_path):
     assert not torch.equal(maps[0].omega, maps[1].omega)
 
 
-def test_twin_follows_replaced_and_changed_parameters():
+def test_generation_follows_replaced_and_changed_parameters():
     model, other = make(), make(dropout=0.0)
     model.generate(prompts(), max_new_tokens=2)
     for parameter in other.parameters():
@@ -111,18 +111,8 @@ def test_twin_follows_replaced_and_changed_parameters():
     options = {"max_new_tokens": 10, "do_sample": False}
     expected = other.generate(prompts(), use_cache=False, **options)
     assert torch.equal(model.generate(prompts(), **options), expected)
-    assert not any("twin" in name for name, _ in model.named_modules())
     copied = copy.deepcopy(model)
     assert torch.equal(copied.generate(prompts(), **options), expected)
-
-
-def test_making_the_twin_draws_nothing():
-    model = make(feature_map="favor:n_dims=8")
-    torch.manual_seed(5)
-    model(prompts(), use_cache=True)
-    after = torch.rand(())
-    torch.manual_seed(5)
-    assert torch.equal(torch.rand(()), after)
 
 
 def test_loss_is_shifted_and_ignores():
@@ -168,19 +158,27 @@ def test_clear_errors():
         model(prompts(1, 41))
     with pytest.raises(ValueError, match="has 40 positions"):
         model(prompts(1, 41), use_cache=True)
-    mask = torch.tensor([[0, 1, 1, 1, 1]])
-    with pytest.raises(ValueError, match="one length"):
-        model.generate(prompts(1), attention_mask=mask, max_new_tokens=2)
+    for mask in (torch.ones(1, 3), torch.ones(1, 1, 5, 5)):
+        with pytest.raises(ValueError, match=r"attention_mask must have shape \(N, 5\)"):
+            model(prompts(1), attention_mask=mask, use_cache=True)
 
 
-def test_attention_without_a_twin(monkeypatch):
+def test_attention_without_a_state(monkeypatch):
     from fast_transformers.attention import CausalLinearAttention
     from fast_transformers.attention_registry import AttentionRegistry, Int
 
+    class Lonely(torch.nn.Module):
+        def __init__(self, query_dimensions):
+            super().__init__()
+            self.inner = CausalLinearAttention(query_dimensions)
+
+        def forward(self, *args):
+            return self.inner(*args)
+
     monkeypatch.setattr(AttentionRegistry, "_attentions", dict(AttentionRegistry._attentions))
-    AttentionRegistry.register("lonely", CausalLinearAttention, [("query_dimensions", Int)])
+    AttentionRegistry.register("lonely", Lonely, [("query_dimensions", Int)])
     model = make(attention="lonely")
-    with pytest.raises(ValueError, match="use_cache=False"):
+    with pytest.raises(ValueError, match=r"Lonely cannot generate.*use_cache=False"):
         model.generate(prompts(), max_new_tokens=3)
     assert model.generate(prompts(), max_new_tokens=3, use_cache=False).shape == (3, 8)
 
@@ -197,6 +195,8 @@ def test_attention_without_a_twin(monkeypatch):
         ({"attention": "causal-liner"}, "did you mean 'causal-linear'"),
         ({"attention": "reformer"}, "not in this version"),
         ({"attention": 3}, "attention must be"),
+        ({"is_encoder_decoder": True, "cross_attention": "lin"}, "cross_attention_type='lin'"),
+        ({"is_encoder_decoder": True, "decoder_layers": 0}, "decoder_layers must be"),
         ({"feature_map": "favr"}, "did you mean 'favor'"),
         ({"norm_type": "batchnorm"}, "norm_type"),
         ({"activation": "swish"}, "activation"),

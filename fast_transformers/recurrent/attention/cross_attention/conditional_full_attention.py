@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
+import torch
 from torch import Tensor
 
-from ....attention.base import ConditionalAttention
-from .full_attention import Memory, RecurrentCrossFullAttention
-
-
-class CrossConditionalState(NamedTuple):
-    """The memory for as long as full attention may serve, the state of the other attention."""
-
-    memory: Memory | None
-    other: Any
-    length: int
+from ....attention.base import ConditionalAttention, key_mask
+from ....state import CrossConditionalState, Memory
+from .full_attention import RecurrentCrossFullAttention
 
 
 class RecurrentCrossConditionalFullAttention(ConditionalAttention):
@@ -41,13 +35,15 @@ class RecurrentCrossConditionalFullAttention(ConditionalAttention):
         if state is None:
             if keys is None or values is None:
                 raise ValueError("keys and values must be given for the first query, got None")
-            short = keys.shape[1] <= self.length_limit
-            state = CrossConditionalState(Memory(keys, values) if short else None, None, 0)
-        memory, other, length = state
-        length += 1
-        out, other = self.other_attention(query, keys, values, key_lengths, other)
-        if memory is not None and length <= self.length_limit:
-            out, memory = self.full_attention(query, None, None, key_lengths, memory)
-        else:
             memory = None
-        return out, CrossConditionalState(memory, other, length)
+            if keys.shape[1] <= self.length_limit:
+                memory = Memory(keys, values, key_mask(key_lengths, keys))
+            state = CrossConditionalState(memory, None, 0)
+        memory, other, length = state
+        out, other = self.other_attention(query, keys, values, key_lengths, other)
+        if memory is None or (isinstance(length, int) and length >= self.length_limit):
+            return out, CrossConditionalState(None, other, length + 1)
+        short, memory = self.full_attention(query, None, None, None, memory)
+        if isinstance(length, Tensor):
+            short = torch.where((length < self.length_limit)[:, None, None], short, out)
+        return short, CrossConditionalState(memory, other, length + 1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,13 +11,7 @@ from torch import Tensor
 from ....attention.base import SoftmaxAttention, key_mask
 from ....attention.full_attention import softmax
 from ....events import AttentionEvent
-
-
-class Memory(NamedTuple):
-    """The projected memory."""
-
-    keys: Tensor  # (N, S, H, E)
-    values: Tensor  # (N, S, H, M)
+from ....state import Memory
 
 
 class RecurrentCrossFullAttention(SoftmaxAttention):
@@ -36,16 +30,19 @@ class RecurrentCrossFullAttention(SoftmaxAttention):
     ) -> tuple[Tensor, Memory]:
         """(N, H, E), (N, S, H, E), (N, S, H, M), mask to (N, H, M) and the state.
 
-        ``key_lengths`` is needed at every step; keys and values only without a state.
+        Keys and values are needed without a state only. ``key_lengths`` is kept in the state;
+        with an older pair as state it is needed at every step.
         """
-        if state is not None:
+        if state is None:
+            if keys is None or values is None:
+                raise ValueError("keys and values must be given for the first query, got None")
+            state = Memory(keys, values, key_mask(key_lengths, keys))
+        elif not isinstance(state, Memory):
             keys, values = state
-        if keys is None or values is None:
-            raise ValueError("keys and values must be given for the first query, got None")
-        temp = self.temperature(query)
-        logits = temp * torch.einsum("nhe,nshe->nhs", query, keys)
-        padding = key_mask(key_lengths, keys)
-        weights = softmax(logits, None if padding is None else padding[:, None, :])
+            state = Memory(keys, values, key_mask(key_lengths, keys))
+        keys, values = state
+        logits = self.temperature(query) * torch.einsum("nhe,nshe->nhs", query, keys)
+        weights = softmax(logits, None if state.mask is None else state.mask[:, None, :])
         weights = self.dropout(weights).transpose(1, 2)
         self.event_dispatcher.dispatch(AttentionEvent(self, weights))
-        return torch.einsum("nsh,nshm->nhm", weights, values), Memory(keys, values)
+        return torch.einsum("nsh,nshm->nhm", weights, values), state

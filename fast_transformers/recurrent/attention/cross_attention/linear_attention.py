@@ -2,31 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .... import ops
-from ....attention.base import KernelAttention, key_mask
-from ....feature_maps import features_of, with_positions
+from ....attention.base import KernelAttention, draw_once, sum_up
+from ....feature_maps import features_of
 from ....feature_maps.adapt import needs_positions
-from ..._utils import PositionState, at_position, draw_once
-
-
-class CrossLinearState(ops.LinearState):
-    """A state that unpacks as the older library's: S (N, H, M, F), z (N, H, F)."""
-
-    def __iter__(self) -> Iterator[Tensor]:
-        kv, z = super().__iter__()
-        return iter((kv.mT, z))
-
-    def __getitem__(self, index: int) -> Tensor:
-        return tuple(self)[index]
-
-
-torch.export.register_dataclass(CrossLinearState)
+from ....state import CrossLinearState, PositionState
+from ..._utils import at_position
 
 
 class RecurrentCrossLinearAttention(KernelAttention):
@@ -63,10 +50,7 @@ class RecurrentCrossLinearAttention(KernelAttention):
         if state is None:
             if keys is None or values is None:
                 raise ValueError("keys and values must be given for the first query, got None")
-            mask, no_query = key_mask(lengths, keys), query[:, None][:, :0]
-            keys = with_positions(self.feature_map, keys)
-            summed = ops.linear_attention(no_query, keys, values, features, key_mask=mask).state
-            state = CrossLinearState(summed.kv, summed.z, summed.shift)
+            state = sum_up(self.feature_map, keys, values, lengths)
         elif not isinstance(state, ops.LinearState):
             transposed, z = state
             shift = torch.zeros_like(z) if features.exponential else None

@@ -7,7 +7,9 @@ from typing import Any
 from torch import Tensor
 
 from ....attention.base import ProjectedAttention
-from ..._utils import PositionState, check_state
+from ....state import PositionState
+from ....state.parts import positions
+from ..._utils import check_state
 
 
 class RecurrentAttentionLayer(ProjectedAttention):
@@ -29,7 +31,8 @@ class RecurrentAttentionLayer(ProjectedAttention):
             attended, state = self.inner_attention(q, k, v, state)
         else:
             inner, position = PositionState.of(state)
-            q, k = (self.rotary(x[:, None], position)[:, 0] for x in (q, k))
+            at = positions(position, 1, None)
+            q, k = (self.rotary(x[:, None], at)[:, 0] for x in (q, k))
             attended, inner = self.inner_attention(q, k, v, inner)
             state = PositionState(inner, position + 1)
         return self.out_projection(attended.flatten(1)), state

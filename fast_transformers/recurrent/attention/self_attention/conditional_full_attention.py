@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from ....attention.base import ConditionalAttention
+from ....state import ConditionalState
 from ..._utils import check_state
 from .full_attention import RecurrentFullAttention
-
-
-class ConditionalState(NamedTuple):
-    """States of both attentions; that of the full one is dropped when it is no longer needed."""
-
-    full: Any
-    other: Any
-    length: int
 
 
 class RecurrentConditionalFullAttention(ConditionalAttention):
@@ -43,10 +37,11 @@ class RecurrentConditionalFullAttention(ConditionalAttention):
         """(N, H, E), (N, H, E), (N, H, M) and a state to (N, H, M) and the new state."""
         state = check_state(state, memory)
         full, other, length = ConditionalState(None, None, 0) if state is None else state
-        length += 1
         out, other = self.other_attention(query, key, value, other)
-        if length <= self.length_limit:
-            out, full = self.full_attention(query, key, value, full)
-        else:
-            full = None
-        return out, ConditionalState(full, other, length)
+        if isinstance(length, int) and length >= self.length_limit:
+            return out, ConditionalState(None, other, length + 1)
+        short, full = self.full_attention(query, key, value, full)
+        if isinstance(length, int):
+            return short, ConditionalState(full, other, length + 1)
+        out = torch.where((length < self.length_limit)[:, None, None], short, out)
+        return out, ConditionalState(self.cut(full, length + 1), other, length + 1)

@@ -3,21 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
-import torch
 from torch import Tensor
 
 from ....attention.base import SoftmaxAttention
+from ....attention.full_attention import go_on, softmax, visible
 from ....events import AttentionEvent
+from ....state import KeysValues
 from ..._utils import check_state
-
-
-class KeysValues(NamedTuple):
-    """Everything seen so far."""
-
-    keys: Tensor  # (N, H, t, E)
-    values: Tensor  # (N, H, t, M)
 
 
 class RecurrentFullAttention(SoftmaxAttention):
@@ -36,16 +30,12 @@ class RecurrentFullAttention(SoftmaxAttention):
     ) -> tuple[Tensor, KeysValues]:
         """(N, H, E), (N, H, E), (N, H, M) and a state to (N, H, M) and the new state."""
         state = check_state(state, memory)
-        keys, values = key[:, :, None], value[:, :, None]
-        if state is not None:
-            if len(state[0]) != len(query):
-                raise ValueError(
-                    f"The batch size changed during iteration: the state is for {len(state[0])} "
-                    f"sequences, the inputs are for {len(query)}; start again with state=None"
-                )
-            keys, values = torch.cat([state[0], keys], 2), torch.cat([state[1], values], 2)
-        temp = self.temperature(query)
-        weights = (temp * (keys @ query[..., None])[..., 0]).softmax(-1)
+        past = None if state is None else KeysValues.of(state)
+        q, k, v = (x[:, :, None] for x in (query, key, value))
+        now = go_on(past, q, k, v, None)
+        keys, values = now
+        q = q.to(keys.dtype)  # of a cache that was filled in another dtype
+        weights = softmax(self.temperature(q) * q @ keys.mT, visible(past, now, 1, None))
         weights = self.dropout(weights)
-        self.event_dispatcher.dispatch(AttentionEvent(self, weights))
-        return (weights[:, :, None] @ values)[:, :, 0], KeysValues(keys, values)
+        self.event_dispatcher.dispatch(AttentionEvent(self, weights[:, :, 0]))
+        return (weights @ values)[:, :, 0].to(query.dtype), now

@@ -8,10 +8,11 @@ from typing import Any
 from torch import Tensor
 
 from .... import ops
-from ....attention.base import KernelAttention
+from ....attention.base import KernelAttention, draw_once
 from ....feature_maps import features_of
 from ....feature_maps.adapt import needs_positions
-from ..._utils import PositionState, at_position, check_state, draw_once
+from ....state import PositionState
+from ..._utils import at_position, check_state
 
 
 class RecurrentLinearAttention(KernelAttention):

@@ -1,0 +1,105 @@
+"""What all models of this package for transformers share."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from transformers import PreTrainedModel
+from transformers import initialization as init
+
+from ..feature_maps import RandomFeatureMap
+from ..masking import FullMask, TriangularCausalMask
+from .configuration import FastTransformerConfig
+
+
+class FastTransformerPreTrainedModel(PreTrainedModel):
+    """Configuration, initialisation and gradient checkpointing."""
+
+    config: FastTransformerConfig
+    config_class = FastTransformerConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    gradient_checkpointing = False
+
+    def get_output_embeddings(self) -> Any:
+        return getattr(self, "head", None)
+
+    def set_output_embeddings(self, new_embeddings: Any) -> None:
+        self.head = new_embeddings
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """torch's own initialisation; positions start smaller than tokens."""
+        if isinstance(module, nn.Embedding) and module is getattr(self, "positions", None):
+            init.normal_(module.weight, std=0.4)
+        elif isinstance(module, RandomFeatureMap):
+            seed = torch.randint(2**62, (), device="cpu")  # not in checkpoints, nor is `calls`
+            init.zeros_(module.calls)
+            init.copy_(module.seed, seed)
+            if not getattr(module.omega, "_is_hf_initialized", False):
+                module.resample(torch.Generator().manual_seed(int(seed)))
+        elif callable(reset := getattr(module, "reset_parameters", None)):
+            reset()
+
+    def checkpointed(self, stack: Any) -> Any:
+        """The encoder or decoder, told whether to recompute activations in the backward pass."""
+        on = self.gradient_checkpointing and self.training
+        stack.checkpointing = self._gradient_checkpointing_func if on else None
+        return stack
+
+
+class EmbeddingModel(FastTransformerPreTrainedModel):
+    """Token and position embeddings, and how an encoder runs on them."""
+
+    def __init__(self, config: FastTransformerConfig) -> None:
+        super().__init__(config)
+        self.tokens = nn.Embedding(config.vocab_size, config.d_model)
+        self.positions = (
+            None if config.rotary else nn.Embedding(config.n_positions, config.d_model)
+        )
+        self.dropout = nn.Dropout(config.dropout)
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        return self.tokens
+
+    def set_input_embeddings(self, value: Any) -> None:
+        self.tokens = value
+
+    def embed(self, input_ids: Tensor, positions: Tensor, longest: int) -> Tensor:
+        """(N, L) tokens at (N, L) or (L,) positions to (N, L, d_model).
+
+        Raises:
+            ValueError: if a sequence of ``longest`` tokens has more than there are positions.
+        """
+        x = self.tokens(input_ids)
+        if self.positions is not None:
+            if longest > self.config.n_positions:
+                raise ValueError(
+                    f"the model has {self.config.n_positions} positions, got a sequence of "
+                    f"{longest} tokens; shorten it, or train with rotary positions"
+                )
+            x = x + self.positions(positions)
+        return self.dropout(x)
+
+    def encode(
+        self, encoder: Any, input_ids: Tensor, attention_mask: Tensor | None, *, causal: bool
+    ) -> Tensor:
+        """Whole sequences (N, L) to (N, L, d_model), with gradient checkpointing if enabled."""
+        length, padding = input_ids.shape[1], None
+        positions = torch.arange(length, device=input_ids.device)
+        if attention_mask is not None:
+            padding = FullMask(attention_mask.bool())
+            positions = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+        x = self.embed(input_ids, positions, length)
+        mask = TriangularCausalMask(length, device=x.device) if causal else None
+        return self.checkpointed(encoder)(x, mask, padding)
+
+
+def token_loss(logits: Tensor, labels: Tensor, count: Tensor | int | None = None) -> Any:
+    """Mean nats of the labels (N, L), of which -100 is ignored, over them or over ``count``."""
+    reduction = "mean" if count is None else "sum"
+    loss = cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), reduction=reduction)
+    return loss if count is None else loss / count
