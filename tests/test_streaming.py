@@ -18,7 +18,7 @@ from fast_transformers.masking import FullMask, LengthMask, TriangularCausalMask
 from fast_transformers.state import KeysValues, State
 from fast_transformers.transformers import TransformerEncoder
 from fast_transformers.utils import make_mirror
-from tests.maps import ALL
+from tests.maps import ALL, CATALOGUE
 
 N, L, S, LIMIT = 3, 11, 7, 6
 KINDS = ["causal-linear", "full", "conditional-full:causal-linear"]
@@ -30,6 +30,7 @@ SIZES = {
 MODELS = {
     **{kind: {"attention_type": kind} for kind in KINDS},
     "favor": {"attention_type": "causal-linear", "feature_map": ALL["favor"]},
+    "positions": {"attention_type": "causal-linear", "feature_map": CATALOGUE["cos"]},
     "rotary": {"attention_type": "causal-linear", "rotary": True},
     "rotary full": {"attention_type": "full", "rotary": True, "norm_first": True},
     "hybrid": {},

@@ -294,6 +294,11 @@ def test_clear_errors():
         model(ids[:1], position_ids=packed, use_cache=False)
 
 
+def test_maps_with_positions_are_refused():
+    with pytest.raises(ValueError, match="'cos' needs positions, which attentions of transf"):
+        bert("cos")(tokens())
+
+
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
