@@ -7,12 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from transformers import PreTrainedModel
+from transformers import GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 
 from ..feature_maps import RandomFeatureMap
 from ..masking import FullMask, TriangularCausalMask
 from .configuration import FastTransformerConfig
+from .state import RecurrentState, check_stateful
 
 
 class FastTransformerPreTrainedModel(PreTrainedModel):
@@ -96,6 +97,26 @@ class EmbeddingModel(FastTransformerPreTrainedModel):
         x = self.embed(input_ids, positions, length)
         mask = TriangularCausalMask(length, device=x.device) if causal else None
         return self.checkpointed(encoder)(x, mask, padding)
+
+
+class Generates(GenerationMixin):
+    """Generation with a state, which cannot be taken back by some tokens.
+
+    Models name GenerationMixin among their bases, too: that is what transformers looks for.
+    """
+
+    _is_stateful = True
+
+    def generating_stack(self) -> nn.Module:
+        """The encoder or decoder whose state it is."""
+        raise NotImplementedError("a model that generates must define generating_stack")
+
+    def _prepare_cache_for_generation(
+        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        if generation_config.use_cache and model_kwargs.get("past_key_values") is None:
+            check_stateful(self.generating_stack())
+            model_kwargs["past_key_values"] = RecurrentState()
 
 
 def token_loss(logits: Tensor, labels: Tensor, count: Tensor | int | None = None) -> Any:

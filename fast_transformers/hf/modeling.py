@@ -12,7 +12,7 @@ from transformers.utils.generic import ModelOutput
 
 from ..builders import TransformerEncoderBuilder
 from ..state.parts import positions
-from .base import EmbeddingModel
+from .base import EmbeddingModel, Generates
 from .configuration import FastTransformerConfig
 from .state import RecurrentState, check_stateful, real_tokens
 
@@ -32,7 +32,7 @@ class CausalLMOutput(ModelOutput):
     past_key_values: RecurrentState | None = None
 
 
-class FastTransformerForCausalLM(EmbeddingModel, GenerationMixin):
+class FastTransformerForCausalLM(Generates, EmbeddingModel, GenerationMixin):
     """Token and position embeddings, an encoder with a causal mask, and a linear head.
 
     Any number of tokens can go on from a state: a prompt is read in parallel, in chunks if
@@ -42,8 +42,6 @@ class FastTransformerForCausalLM(EmbeddingModel, GenerationMixin):
     >>> model.generate(torch.tensor([[256]]), max_new_tokens=5, do_sample=False).shape
     torch.Size([1, 6])
     """
-
-    _is_stateful = True  # a state cannot be taken back by some tokens
 
     def __init__(self, config: FastTransformerConfig) -> None:
         super().__init__(config)
@@ -106,12 +104,8 @@ class FastTransformerForCausalLM(EmbeddingModel, GenerationMixin):
         cache.advance(state, length)
         return hidden
 
-    def _prepare_cache_for_generation(
-        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
-    ) -> Any:
-        if generation_config.use_cache and model_kwargs.get("past_key_values") is None:
-            check_stateful(self.encoder)
-            model_kwargs["past_key_values"] = RecurrentState()
+    def generating_stack(self) -> nn.Module:
+        return self.encoder
 
 
 def token_positions(cache: RecurrentState, input_ids: Tensor, mask: Tensor | None) -> Tensor:

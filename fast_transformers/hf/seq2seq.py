@@ -10,14 +10,14 @@ from transformers.modeling_outputs import Seq2SeqLMOutput
 
 from ..builders import TransformerDecoderBuilder
 from ..masking import FullMask, TriangularCausalMask
-from .base import FastTransformerPreTrainedModel, token_loss
+from .base import FastTransformerPreTrainedModel, Generates, token_loss
 from .configuration import FastTransformerConfig
 from .encoders import FastTransformerModel
 from .modeling import token_positions
 from .state import RecurrentState, check_stateful, real_tokens
 
 
-class FastTransformerForSeq2SeqLM(FastTransformerPreTrainedModel, GenerationMixin):
+class FastTransformerForSeq2SeqLM(Generates, FastTransformerPreTrainedModel, GenerationMixin):
     """An encoder over the source, a decoder with cross attention to it, and a linear head.
 
     Source and target share their embeddings.
@@ -25,8 +25,6 @@ class FastTransformerForSeq2SeqLM(FastTransformerPreTrainedModel, GenerationMixi
     Raises:
         ValueError: for a configuration without ``is_encoder_decoder=True``.
     """
-
-    _is_stateful = True  # a state cannot be taken back by some tokens
 
     def __init__(self, config: FastTransformerConfig) -> None:
         if not config.is_encoder_decoder:
@@ -142,9 +140,5 @@ class FastTransformerForSeq2SeqLM(FastTransformerPreTrainedModel, GenerationMixi
         moved[:, 1:] = labels[:, :-1]
         return moved.masked_fill(moved == -100, self.config.pad_token_id or 0)
 
-    def _prepare_cache_for_generation(
-        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
-    ) -> Any:
-        if generation_config.use_cache and model_kwargs.get("past_key_values") is None:
-            check_stateful(self.decoder)
-            model_kwargs["past_key_values"] = RecurrentState()
+    def generating_stack(self) -> nn.Module:
+        return self.decoder
