@@ -24,6 +24,7 @@ ORDER = [
     "builders",
     "utils",
     "weight_mapper",
+    "diagnostics",
     "hf",
     "info",
     "cli",

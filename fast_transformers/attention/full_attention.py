@@ -47,7 +47,7 @@ class FullAttention(SoftmaxAttention):
         mask = None if attn_mask is None else as_mask(attn_mask, "attn_mask")
         padding = key_mask(key_lengths, keys)
         if self.event_dispatcher.wants(AttentionEvent, self):
-            weights = self.dropout(softmax(temp * q @ k.mT, _keep(mask, padding, q, k)))
+            weights = self.dropout(softmax(temp * q @ k.mT, kept(mask, padding, q, k)))
             self.event_dispatcher.dispatch(AttentionEvent(self, weights))
             return (weights @ v).transpose(1, 2).contiguous()
         dropout = self.dropout.p if self.training else 0.0
@@ -57,7 +57,7 @@ class FullAttention(SoftmaxAttention):
                 q, k, v, dropout_p=dropout, is_causal=True, scale=temp
             )
         else:
-            keep = _keep(mask, padding, q, k)
+            keep = kept(mask, padding, q, k)
             out = scaled_dot_product_attention(
                 q, k, v, attn_mask=keep, dropout_p=dropout, scale=temp
             )
@@ -78,7 +78,7 @@ def is_causal(mask: BaseMask, length: int) -> bool:
     return isinstance(mask, TriangularCausalMask) and mask.max_len == length
 
 
-def _keep(mask: BaseMask | None, padding: Tensor | None, q: Tensor, k: Tensor) -> Tensor | None:
+def kept(mask: BaseMask | None, padding: Tensor | None, q: Tensor, k: Tensor) -> Tensor | None:
     """Both masks as one bool tensor that broadcasts to (N, H, L, S), or None."""
     keep = None if padding is None else padding[:, None, None, :]
     if mask is None or mask.known_all_ones:
