@@ -8,25 +8,35 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
-import torch
-
 from .feature_maps import (
-    ActivationFunctionFeatureMap,
+    DPFP,
+    T2R,
+    Centered,
+    Concat,
+    CosReweight,
+    DenseExponentialFeatures,
+    ExponentialFeatureMap,
     Favor,
+    FeatureMap,
     GeneralizedRandomFeatures,
+    Hedgehog,
+    LogNormal,
+    Normalized,
+    OptimalPositiveFeatures,
+    PolynomialFeatureMap,
+    PolySketch,
+    Projected,
     RandomFourierFeatures,
+    ReBased,
     SmoothedRandomFourierFeatures,
+    TaylorFeatureMap,
     build_feature_map,
     elu_feature_map,
 )
+from .feature_maps.base import relu_feature_map
 
 LONGEST_SPEC = 500  # characters
 MOST_FEATURES = 2**16
-
-
-def relu_feature_map(query_dimensions: int) -> ActivationFunctionFeatureMap:
-    """phi(x) = relu(x)."""
-    return ActivationFunctionFeatureMap(query_dimensions, torch.relu)
 
 
 FEATURE_MAPS: dict[str, Callable[..., Any]] = {
@@ -36,6 +46,26 @@ FEATURE_MAPS: dict[str, Callable[..., Any]] = {
     "rff": RandomFourierFeatures,
     "smoothed-rff": SmoothedRandomFourierFeatures,
     "generalized": GeneralizedRandomFeatures,
+    "oprf": OptimalPositiveFeatures,
+    "derf": DenseExponentialFeatures,
+    "polysketch": PolySketch,
+    "exp": ExponentialFeatureMap,
+    "lln": LogNormal,
+    "dpfp": DPFP,
+    "taylor": TaylorFeatureMap,
+    "poly": PolynomialFeatureMap,
+    "rebased": ReBased,
+    "t2r": T2R,
+    "hedgehog": Hedgehog,
+    "centered": Centered,
+    "projected": Projected,
+    "normalized": Normalized,
+    "cos": CosReweight,
+    "concat": Concat,
+}
+_LARGEST = {  # of the options by which memory is allocated
+    **dict.fromkeys(("n_dims", "dim", "sketch", "degree", "nu"), MOST_FEATURES),
+    "heads": 2**10,
 }
 
 
@@ -52,6 +82,8 @@ class FeatureMapFactory:
     def __call__(self, query_dimensions: int) -> Any:
         try:
             made = self._make(query_dimensions, **self._options)
+            if isinstance(made, FeatureMap) and made.feature_dims > MOST_FEATURES:
+                raise ValueError(f"has {made.feature_dims} features, more than {MOST_FEATURES}")
             return build_feature_map(lambda _: made, query_dimensions)
         except (TypeError, ValueError, RuntimeError) as error:
             raise ValueError(f"feature map {self.spec!r}: {error}") from error
@@ -80,13 +112,18 @@ def register_feature_map(name: str, make: Callable[..., Any]) -> None:
 
 
 def parse_feature_map(spec: str) -> FeatureMapFactory:
-    """The factory that ``NAME[:key=value,...]`` stands for; values are Python literals.
+    """The factory that ``NAME[:key=value,...]`` stands for.
 
-    >>> parse_feature_map("favor:n_dims=128, redraw=10")(32).feature_dims
+    Values are numbers, True, False, None, text, and lists of these; text that is one word needs
+    no quotes. The maps inside of others are specs, too: ``inner``, and the list ``inners``.
+
+    >>> parse_feature_map("favor:n_dims=128, projection=simplex")(32).feature_dims
     128
+    >>> parse_feature_map("centered:inner='derf:n_dims=64', heads=4")(32).feature_dims
+    64
 
     Raises:
-        ValueError: for an unknown name or key, or a value that is no literal.
+        ValueError: for an unknown name or key, or a value that is none of these.
     """
     if not isinstance(spec, str) or len(spec) > LONGEST_SPEC:
         raise ValueError(f"a feature map is NAME[:key=value,...], got {str(spec)[:40]!r}")
@@ -104,9 +141,13 @@ def parse_feature_map(spec: str) -> FeatureMapFactory:
     if unknown:
         has = f"its options are {', '.join(known or [])}" if known else "it has no options"
         raise ValueError(f"feature map {name!r} has no option {unknown[0]!r}; {has}")
-    features = options.get("n_dims")
-    if isinstance(features, int) and features > MOST_FEATURES:
-        raise ValueError(f"n_dims must be at most {MOST_FEATURES}, got {features}")
+    for key, largest in _LARGEST.items():
+        if isinstance(size := options.get(key), int) and size > largest:
+            raise ValueError(f"feature map {name!r}: {key} must be at most {largest}, got {size}")
+    if isinstance(inner := options.get("inner"), str):
+        options["inner"] = parse_feature_map(inner)
+    if isinstance(inners := options.get("inners"), list | tuple):
+        options["inners"] = [parse_feature_map(inner) for inner in inners]
     return FeatureMapFactory(spec, make, options)
 
 
@@ -116,14 +157,14 @@ def _literals(spec: str, text: str) -> dict[str, Any]:
         call = ast.parse(f"_({text})", mode="eval").body
         if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name) or call.args:
             raise ValueError("options are key=value")
-        options = {_key(keyword): ast.literal_eval(keyword.value) for keyword in call.keywords}
+        options = {_key(keyword): _value(keyword.value) for keyword in call.keywords}
         if len(options) < len(call.keywords):
             raise ValueError("an option is given twice")
         return options
     except (SyntaxError, ValueError, TypeError, MemoryError, RecursionError) as error:
         raise ValueError(
             f"feature map {spec!r} cannot be read; write NAME:key=value,... with numbers, True, "
-            "False, None or quoted text as values"
+            "False, None, words or quoted text as values"
         ) from error
 
 
@@ -131,6 +172,11 @@ def _key(keyword: ast.keyword) -> str:
     if keyword.arg is None:
         raise ValueError("options are key=value")
     return keyword.arg
+
+
+def _value(node: ast.expr) -> Any:
+    """A literal; a word that is no literal stands for itself."""
+    return node.id if isinstance(node, ast.Name) else ast.literal_eval(node)
 
 
 def _keywords(make: Callable[..., Any]) -> list[str] | None:

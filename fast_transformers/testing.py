@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from . import ops
-from .feature_maps import build_feature_map, draw, features_of
+from .feature_maps import build_feature_map, draw, features_of, with_positions
 
 
 def check_feature_map(
@@ -49,9 +49,10 @@ def check_shapes(feature_map: Any) -> None:
     phi_q, phi_k = feature_map.forward_queries(x), feature_map.forward_keys(x)
     step = feature_map.forward_queries(x[:, 0])
     dims = getattr(feature_map, "feature_dims", phi_q.shape[-1])
-    _hold(phi_q.shape == (2, 5, 3, dims), f"queries (2, 5, 3, E) must become {dims} features")
+    shape = (*x.shape[:-1], dims)
+    _hold(phi_q.shape == shape, f"queries {tuple(x.shape)} must become {dims} features")
     _hold(phi_k.shape == phi_q.shape, f"keys must become {dims} features, as queries do")
-    _hold(step.shape == (2, 3, dims), "a single token (N, H, E) must become (N, H, F)")
+    _hold(step.shape == (2, *shape[2:]), "a single token (N, H, E) must become (N, H, F)")
 
 
 def check_tokens_are_independent(feature_map: Any) -> None:
@@ -69,7 +70,8 @@ def check_forms_agree(feature_map: Any) -> None:
     if isinstance(feature_map, torch.nn.Module):
         feature_map = copy.deepcopy(feature_map).double()
     draw(feature_map, torch.device("cpu"))
-    inputs = [_vectors(feature_map, 2, 13, 2, seed).double() for seed in range(3)]
+    inputs = [_vectors(feature_map, 2, 13, 2, seed).double() for seed in range(2)]
+    inputs.append(_directions(feature_map, 2, 13, 2, seed=2).double())
     weights = [p for p in getattr(feature_map, "parameters", list)() if p.requires_grad]
     for function in (ops.linear_attention, ops.causal_linear_attention):
         results = {}
@@ -113,19 +115,20 @@ def check_kernel(feature_map: Any, draws: int = 400) -> None:
     features have no variance, and vectors whose entries have one sign, where a projection with a
     mean is biased.
     """
-    x = 0.6 * _vectors(feature_map, 8, 1, 1)[:, 0, 0]
-    y = 0.6 * _vectors(feature_map, 8, 1, 1, seed=1)[:, 0, 0]
+    x = 0.6 * _directions(feature_map, 8, 1, 1)
+    y = 0.6 * _directions(feature_map, 8, 1, 1, seed=1)
     y[:2] = x[:2]
     x[2:4], y[2:4] = x[2:4].abs(), y[2:4].abs()
     x[4:5], y[4:5] = -x[4:5].abs(), -y[4:5].abs()
+    x, y = with_positions(feature_map, x), with_positions(feature_map, y, 1)
     estimates = []
     for _ in range(draws):
         draw(feature_map, torch.device("cpu"))
         with torch.no_grad():
             phi = feature_map.forward_queries(x) * feature_map.forward_keys(y)
-            estimates.append(phi.sum(-1))
+            estimates.append(phi.sum(-1).flatten())
     estimate = torch.stack(estimates).double()
-    kernel = feature_map.kernel(x, y).detach().double()
+    kernel = feature_map.kernel(x, y).detach().double().flatten()
     allowed = 5 * estimate.std(0) / draws**0.5 + 1e-5 * kernel.abs() + 1e-6
     error = (estimate.mean(0) - kernel).abs()
     worst = int((error / allowed).argmax())
@@ -146,7 +149,14 @@ def _has_kernel(feature_map: Any) -> bool:
 
 
 def _vectors(feature_map: Any, n: int, length: int, heads: int, seed: int = 0) -> Tensor:
+    """Inputs (n, length, heads, E), with positions behind for a map that uses them."""
+    return with_positions(feature_map, _directions(feature_map, n, length, heads, seed))
+
+
+def _directions(feature_map: Any, n: int, length: int, heads: int, seed: int = 0) -> Tensor:
+    """Normal vectors; of as many heads as the map tells apart, if it does."""
     generator = torch.Generator().manual_seed(seed)
+    heads = getattr(feature_map, "heads", None) or heads
     dims = getattr(feature_map, "query_dimensions", None) or feature_map.query_dims
     return torch.randn(n, length, heads, dims, generator=generator)
 

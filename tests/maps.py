@@ -6,11 +6,28 @@ import torch
 from torch import Tensor, nn
 
 from fast_transformers.feature_maps import (
+    DPFP,
+    T2R,
+    ActivationFunctionFeatureMap,
+    Centered,
+    Concat,
+    CosReweight,
+    DenseExponentialFeatures,
+    ExponentialFeatureMap,
     Favor,
     FeatureMap,
     GeneralizedRandomFeatures,
+    Hedgehog,
+    LogNormal,
+    Normalized,
+    OptimalPositiveFeatures,
+    PolynomialFeatureMap,
+    PolySketch,
+    Projected,
     RandomFourierFeatures,
+    ReBased,
     SmoothedRandomFourierFeatures,
+    TaylorFeatureMap,
     elu_feature_map,
 )
 
@@ -30,11 +47,57 @@ class Asymmetric(FeatureMap):
         return torch.nn.functional.softplus(self.of_keys(x)) + 0.1
 
 
+relu = ActivationFunctionFeatureMap.factory(torch.relu)
 BUILT_IN = {
     "elu": elu_feature_map,
     "favor": Favor.factory(n_dims=16),
     "rff": RandomFourierFeatures.factory(n_dims=64),
     "smoothed": SmoothedRandomFourierFeatures.factory(n_dims=9),
     "generalized": GeneralizedRandomFeatures.factory(n_dims=16),
+}
+# every other map and wrapper of the library: through the conformance suite and all attentions,
+# with two heads where heads are told apart
+CATALOGUE = {
+    "exp": ExponentialFeatureMap,
+    "exp, scaled": ExponentialFeatureMap.factory(scale=2.0),
+    "exp, softmax": ExponentialFeatureMap.factory(softmax=True),
+    "lln": LogNormal,
+    "lln, heads": LogNormal.factory(heads=2, learned=True),
+    "dpfp": DPFP.factory(nu=2),
+    "taylor": TaylorFeatureMap,
+    "taylor, first order": TaylorFeatureMap.factory(order=1, softmax_temp=0.1),
+    "poly": PolynomialFeatureMap,
+    "poly, degree 4": PolynomialFeatureMap.factory(degree=4),
+    "rebased": ReBased,
+    "rebased, tied": ReBased.factory(tied=True, beta=1.0),
+    "polysketch": PolySketch.factory(sketch=6),
+    "polysketch, simplex": PolySketch.factory(sketch=6, projection="simplex"),
+    "polysketch, degree 8": PolySketch.factory(sketch=6, degree=8, projection="orthogonal"),
+    "t2r": T2R.factory(n_dims=24),
+    "t2r, heads": T2R.factory(heads=2, tied=False),
+    "hedgehog": Hedgehog,
+    "hedgehog, joint": Hedgehog.factory(normalize="joint", tied=True),
+    "hedgehog, heads": Hedgehog.factory(normalize="none", heads=2, bias=False),
+    "oprf": OptimalPositiveFeatures.factory(n_dims=40),
+    "oprf, heads": OptimalPositiveFeatures.factory(n_dims=40, heads=2, projection="simplex"),
+    "sderf": DenseExponentialFeatures.factory(n_dims=40, mode="sderf"),
+    "saderf": DenseExponentialFeatures.factory(n_dims=40, mode="saderf", projection="sorf"),
+    "aderf": DenseExponentialFeatures.factory(n_dims=40, mode="aderf", projection="qmc"),
+    "aligned": DenseExponentialFeatures.factory(n_dims=40),
+    "aligned, heads": DenseExponentialFeatures.factory(n_dims=40, heads=2),
+    "normalized": Normalized.factory(elu_feature_map, "l1"),
+    "normalized exponentials": Normalized.factory(Favor.factory(n_dims=32), "rms"),
+    "normalized inputs": Normalized.factory(RandomFourierFeatures, of="inputs"),
+    "projected": Projected.factory(TaylorFeatureMap, 5),
+    "projected, heads": Projected.factory(Favor.factory(n_dims=32), 5, heads=2),
+    "concat": Concat.factory([elu_feature_map, DPFP], [0.3, 0.7]),
+    "concat exponentials": Concat.factory([Favor.factory(n_dims=32), OptimalPositiveFeatures]),
+    "centered": Centered.factory(Favor.factory(n_dims=32)),
+    "centered taylor": Centered.factory(TaylorFeatureMap, heads=2, learned=True),
+    "centered aligned": Centered.factory(
+        DenseExponentialFeatures.factory(n_dims=40, heads=2), heads=2
+    ),
+    "cos": CosReweight.factory(relu, max_length=40),
+    "cos of exponentials": CosReweight.factory(Centered.factory(Favor), max_length=40),
 }
 ALL = {**BUILT_IN, "asymmetric": Asymmetric}

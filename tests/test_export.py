@@ -24,9 +24,16 @@ from fast_transformers.builders import (
     TransformerDecoderBuilder,
     TransformerEncoderBuilder,
 )
-from fast_transformers.feature_maps import Favor, RandomFourierFeatures, features_of
+from fast_transformers.feature_maps import (
+    Concat,
+    Favor,
+    OptimalPositiveFeatures,
+    RandomFourierFeatures,
+    features_of,
+    with_positions,
+)
 from fast_transformers.masking import LengthMask, TriangularCausalMask
-from fast_transformers.recurrent.attention.self_attention.attention_layer import RotaryState
+from fast_transformers.recurrent._utils import PositionState
 from fast_transformers.specs import FEATURE_MAPS
 from tests import support
 from tests.models import SMALL
@@ -46,7 +53,11 @@ FEATURES = {
     "exponential": support.exponential_features(),
 }
 FUNCTIONS = {"full": ops.linear_attention, "causal": ops.causal_linear_attention}
-MAPS = {**FEATURE_MAPS, "rff": RandomFourierFeatures.factory(n_dims=64)}
+MAPS = {
+    **FEATURE_MAPS,
+    "rff": RandomFourierFeatures.factory(n_dims=64),
+    "concat": Concat.factory([Favor, OptimalPositiveFeatures]),
+}
 
 
 def own_operators(program: ExportedProgram) -> list[str]:
@@ -195,8 +206,12 @@ class Maps(nn.Module):
         self.feature_maps = nn.ModuleList(MAPS[name](8) for name in others)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> list[ops.Attended]:
-        features = [features_of(feature_map) for feature_map in self.feature_maps]
-        return [ops.causal_linear_attention(q, k, v, phi) for phi in features]
+        return [
+            ops.causal_linear_attention(
+                with_positions(phi, q), with_positions(phi, k), v, features_of(phi)
+            )
+            for phi in self.feature_maps
+        ]
 
 
 @torch.no_grad()
@@ -278,7 +293,7 @@ def test_recurrent_encoder() -> None:
     model = RecurrentEncoderBuilder.from_kwargs(**options(rotary=True)).get().eval()
     (state,) = model(torch.randn(3, 10))[1]
     state = [state._replace(position=torch.tensor(state.position))]
-    shapes = {"x": N, "state": [RotaryState([N, N, N], {})]}
+    shapes = {"x": N, "state": [PositionState([N, N, N], {})]}
     program = export(model, (torch.randn(3, 10), state), shapes)
     tree = tree_structure(state)
     for form in (program.module(), in_onnxruntime(program)):

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .. import ops
 from ..causal_product import causal_dot_product
-from ..feature_maps import draw, features_of
+from ..feature_maps import draw, features_of, with_positions
 from ..masking import as_mask
 from .base import KernelAttention, key_mask
 
@@ -56,8 +56,8 @@ class CausalLinearAttention(KernelAttention):
             )
         draw(self.feature_map, queries.device)
         return ops.causal_linear_attention(
-            queries,
-            keys,
+            with_positions(self.feature_map, queries),
+            with_positions(self.feature_map, keys),
             values,
             features_of(self.feature_map),
             key_mask=key_mask(key_lengths, keys),

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from .. import ops
-from ..feature_maps import draw, features_of
+from ..feature_maps import draw, features_of, with_positions
 from ..masking import as_mask
 from .base import KernelAttention, key_mask
 
@@ -48,8 +48,8 @@ class LinearAttention(KernelAttention):
             )
         draw(self.feature_map, queries.device)
         return ops.linear_attention(
-            queries,
-            keys,
+            with_positions(self.feature_map, queries),
+            with_positions(self.feature_map, keys),
             values,
             features_of(self.feature_map),
             key_mask=key_mask(key_lengths, keys),

@@ -65,6 +65,16 @@ def draw(feature_map: Any, device: torch.device) -> None:
         feature_map.drawn = True
 
 
+def with_positions(feature_map: Any, x: Tensor, start: int | Tensor = 0) -> Tensor:
+    """x (N, L, H, E) as the map wants it: with positions from ``start`` on, if it uses them."""
+    return feature_map.add_positions(x, start) if needs_positions(feature_map) else x
+
+
+def needs_positions(feature_map: Any) -> bool:
+    """Whether a map is ``positional``; see :class:`FeatureMap`."""
+    return getattr(feature_map, "positional", False)
+
+
 def features_of(feature_map: Any) -> Features:
     """A feature map as :mod:`fast_transformers.ops` takes it.
 

@@ -48,9 +48,12 @@ class FeatureMap(nn.Module):
             compute in float32 at least. They may then be given some of the heads only.
         drawn: whether the map can be used before ``new_feature_map`` has been called.
         random: whether ``new_feature_map`` draws anything.
-        positive: whether no feature is ever below 0, so that no denominator can vanish.
+        positive: whether no weight phi(q).phi(k) is ever below 0, so that denominators cannot
+            cross it.
         causal_safe: whether features of a token depend on nothing but that token and what the
             map has learned, drawn, or was calibrated with; all maps here are.
+        heads: number of heads that the map tells apart, for inputs (..., H, E); None if it treats
+            all alike.
         positional: whether the map must be told positions, see :meth:`add_positions`.
         estimates: "softmax" for a map that stands for exp(softmax_temp x.y), and has that
             ``softmax_temp``; "gaussian" for exp(-softmax_temp |x - y|^2 / 2); else "".
@@ -62,6 +65,7 @@ class FeatureMap(nn.Module):
     random = False
     positive = False
     causal_safe = True
+    heads: int | None = None
     positional = False
     estimates = ""
     _takes_device = True
@@ -256,3 +260,8 @@ _FORMULAS_OF = (
 def elu_feature_map(query_dims: int) -> ActivationFunctionFeatureMap:
     """phi(x) = elu(x) + 1, the default map; "Transformers are RNNs" (2020), equation 7."""
     return ActivationFunctionFeatureMap(query_dims, elu_plus_one)
+
+
+def relu_feature_map(query_dims: int) -> ActivationFunctionFeatureMap:
+    """phi(x) = relu(x)."""
+    return ActivationFunctionFeatureMap(query_dims, torch.relu)

@@ -18,6 +18,7 @@ from fast_transformers.feature_maps import (
     elu_feature_map,
 )
 from fast_transformers.testing import check_feature_map
+from tests.maps import CATALOGUE
 
 BUILT_IN = {
     "default": None,
@@ -33,6 +34,7 @@ BUILT_IN = {
     "generalized": GeneralizedRandomFeatures,
     "generalized, wide": GeneralizedRandomFeatures.factory(n_dims=50, softmax_temp=None),
     "generalized, tanh": GeneralizedRandomFeatures.factory(kernel_fn=torch.sigmoid),
+    **CATALOGUE,
 }
 
 

@@ -108,9 +108,9 @@ def test_the_older_argument_is_a_projection() -> None:
 
 
 def test_what_cannot_be_drawn() -> None:
-    with pytest.raises(ValueError, match="projection must be one of iid, .* got 'orf'"):
+    with pytest.raises(ValueError, match=r"projection must be one of iid, .* got 'orf'"):
         Favor(8, projection="orf")
-    with pytest.raises(ValueError, match="simplex.*at least 2 query dimensions, got 1"):
+    with pytest.raises(ValueError, match=r"simplex.*at least 2 query dimensions, got 1"):
         Favor(1, 2, projection="simplex")
 
 

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from .... import ops
 from ....attention.base import KernelAttention, key_mask
-from ....feature_maps import features_of
-from ..._utils import draw_once
+from ....feature_maps import features_of, with_positions
+from ....feature_maps.adapt import needs_positions
+from ..._utils import PositionState, at_position, draw_once
 
 
 class CrossLinearState(ops.LinearState):
@@ -41,19 +42,29 @@ class RecurrentCrossLinearAttention(KernelAttention):
         keys: Tensor | None,
         values: Tensor | None,
         key_lengths: Any,
-        state: CrossLinearState | Sequence[Tensor] | None = None,
-    ) -> tuple[Tensor, CrossLinearState]:
+        state: CrossLinearState | PositionState | Sequence[Tensor] | None = None,
+    ) -> tuple[Tensor, CrossLinearState | PositionState]:
         """(N, H, E), (N, S, H, E), (N, S, H, M), mask to (N, H, M) and the state.
 
         With a state, ``keys``, ``values`` and ``key_lengths`` are not looked at.
         """
+        if not needs_positions(self.feature_map):
+            return self._look_up(query, keys, values, key_lengths, state)
+        inner, position = PositionState.of(state)
+        query = at_position(self.feature_map, query, position)
+        out, inner = self._look_up(query, keys, values, key_lengths, inner)
+        return out, PositionState(inner, position + 1)
+
+    def _look_up(
+        self, query: Tensor, keys: Tensor | None, values: Tensor | None, lengths: Any, state: Any
+    ) -> tuple[Tensor, Any]:
         draw_once(self.feature_map, query.device)
         features = features_of(self.feature_map)
         if state is None:
             if keys is None or values is None:
                 raise ValueError("keys and values must be given for the first query, got None")
-            mask = key_mask(key_lengths, keys)
-            no_query = query[:, None][:, :0]
+            mask, no_query = key_mask(lengths, keys), query[:, None][:, :0]
+            keys = with_positions(self.feature_map, keys)
             summed = ops.linear_attention(no_query, keys, values, features, key_mask=mask).state
             state = CrossLinearState(summed.kv, summed.z, summed.shift)
         elif not isinstance(state, ops.LinearState):

@@ -2,19 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import Tensor
 
 from ....attention.base import ProjectedAttention
-from ..._utils import check_state
-
-
-class RotaryState(NamedTuple):
-    """The state of the inner attention, and the position of the next token."""
-
-    attention: Any
-    position: int | Tensor  # a tensor where the step is exported: its graph would fix an int
+from ..._utils import PositionState, check_state
 
 
 class RecurrentAttentionLayer(ProjectedAttention):
@@ -35,8 +28,8 @@ class RecurrentAttentionLayer(ProjectedAttention):
         if self.rotary is None:
             attended, state = self.inner_attention(q, k, v, state)
         else:
-            inner, position = RotaryState(None, 0) if state is None else state
+            inner, position = PositionState.of(state)
             q, k = (self.rotary(x[:, None], position)[:, 0] for x in (q, k))
             attended, inner = self.inner_attention(q, k, v, inner)
-            state = RotaryState(inner, position + 1)
+            state = PositionState(inner, position + 1)
         return self.out_projection(attended.flatten(1)), state

@@ -1,0 +1,279 @@
+"""Positive random features of the softmax kernel whose variance is minimal for the data."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Generator, Tensor
+
+from .heads import leading, multiply
+from .moments import Moments, of_sum
+from .random import RandomFeatureMap
+
+FLOOR = 1e-3  # of the mean eigenvalue: smaller ones are raised to it before they are inverted
+
+
+def optimal_a(mean_square: Tensor) -> Tensor:
+    """A* = (1 - 2 s - sqrt((2 s + 1)^2 + 8 s)) / 16 for s, the mean of z_l^2, z = x + y.
+
+    The minimum of the mean log second moment; 0 for s = 0, and always below 1/8.
+    """
+    s = mean_square.clamp(min=0)
+    return (1 - 2 * s - ((2 * s + 1).square() + 8 * s).sqrt()) / 16
+
+
+class OptimalPositiveFeatures(RandomFeatureMap):
+    """phi_i(x) = D exp(A |w_i|^2 + sqrt(1 - 4 A) w_i.x' - |x'|^2 / 2) / sqrt(F): FAVOR++.
+
+    D = (1 - 4 A)^(E/4), x' = sqrt(softmax_temp) x: positive, unbiased for exp(softmax_temp x.y)
+    at any A < 1/8, and bounded for A < 0. Likhosherstov et al. 2022, "Chefs' Random Tables"
+    (arXiv:2205.15317), section 3.2 (OPRF): the A of smallest variance for the mean of
+    |x' + y'|^2 over queries and keys. A = 0 is FAVOR+ with features of one sign.
+
+    The mean is that of :meth:`calibrate`; before, ``sum_norm``. It is a constant of the map, so
+    no token sees another one.
+
+    Args:
+        query_dimensions: E.
+        n_dims: F; None is E.
+        softmax_temp: factor of the dot product; None is 1/sqrt(E).
+        sum_norm: mean of |x' + y'|^2 to begin with; None is that of queries and keys with unit
+            variance, 2 E softmax_temp.
+        heads: H, for an A of each head; None for one of all heads.
+        projection, redraw, deterministic_eval, generator: see :class:`RandomFeatureMap`. Being
+            of one sign, these features gain most from "simplex" if norms are small.
+
+    Raises:
+        ValueError: for an ``n_dims`` or ``heads`` below 1, or a negative ``sum_norm``.
+    """
+
+    exponential = True
+    positive = True
+    estimates = "softmax"
+    a: Tensor
+
+    def __init__(
+        self,
+        query_dimensions: int,
+        n_dims: int | None = None,
+        softmax_temp: float | None = None,
+        sum_norm: float | None = None,
+        heads: int | None = None,
+        projection: str = "orthogonal",
+        redraw: int = 1,
+        deterministic_eval: bool = True,
+        generator: Generator | int | None = None,
+    ) -> None:
+        self.n_dims = query_dimensions if n_dims is None else n_dims
+        if self.n_dims < 1:
+            raise ValueError(f"n_dims of {type(self).__name__} must be at least 1, got {n_dims}")
+        super().__init__(
+            query_dimensions, self.n_dims, softmax_temp, projection, redraw, deterministic_eval,
+            generator,
+        )  # fmt: skip
+        self.heads, self.any_input = heads, heads is None
+        square = 2 * self.softmax_temp if sum_norm is None else sum_norm / query_dimensions
+        if square < 0:
+            raise ValueError(f"sum_norm is a mean of squares: it must be >= 0, got {sum_norm}")
+        self.register_buffer(
+            "a", optimal_a(torch.full((*leading(heads), query_dimensions), square))
+        )
+
+    @property
+    def feature_dims(self) -> int:
+        return self.n_dims
+
+    def calibrate(self, queries: Tensor, keys: Tensor) -> None:
+        """Fit to the moments of examples (..., H, E)."""
+        self.set_moments(Moments.of(queries, self.heads), Moments.of(keys, self.heads))
+
+    @torch.no_grad()
+    def set_moments(self, queries: Moments, keys: Moments) -> None:
+        """Fit to the moments of queries and of keys."""
+        mean = of_sum(*self._scaled(queries, keys)).diagonal(dim1=-2, dim2=-1).mean(-1)
+        self.a.copy_(optimal_a(mean)[..., None].expand(self.a.shape))
+
+    def _scaled(self, queries: Moments, keys: Moments) -> tuple[Moments, Moments]:
+        factor = self.softmax_temp**0.5
+        return queries.scaled(factor), keys.scaled(factor)
+
+    def forward_queries(self, x: Tensor) -> Tensor:
+        return (self.log_queries(x) + self.query_offset(x)).exp().to(x.dtype)
+
+    def forward_keys(self, x: Tensor) -> Tensor:
+        return self.log_keys(x).exp().to(x.dtype)
+
+    def log_queries(self, x: Tensor) -> Tensor:
+        return self._directions(self.aligned_queries(x))
+
+    def query_offset(self, x: Tensor) -> Tensor:
+        return self._offset(self.aligned_queries(x))
+
+    def log_keys(self, x: Tensor) -> Tensor:
+        x = self.aligned_keys(x)
+        return self._directions(x) + self._offset(x)
+
+    def aligned_queries(self, x: Tensor) -> Tensor:
+        """x' of queries, (..., E), in float32 at least."""
+        return self.scaled(x)
+
+    def aligned_keys(self, x: Tensor) -> Tensor:
+        """x' of keys, (..., E), in float32 at least."""
+        return self.scaled(x)
+
+    def _directions(self, x: Tensor) -> Tensor:
+        """The part of the logarithms that tells features apart."""
+        a, omega = self.a.to(x.dtype), self.omega.to(x.dtype)
+        return (x * (1 - 4 * a).sqrt()) @ omega + a @ omega.square()
+
+    def _offset(self, x: Tensor) -> Tensor:
+        """What all features have in common."""
+        a = self.a.to(x.dtype)
+        log_d = (1 - 4 * a).log().sum(-1, keepdim=True) / 4
+        return log_d - math.log(self.n_dims) / 2 - x.square().sum(-1, keepdim=True) / 2
+
+    def kernel(self, x: Tensor, y: Tensor) -> Tensor:
+        return (self.softmax_temp * (x * y).sum(-1)).exp()
+
+    def relative_variance(self, x: Tensor, y: Tensor) -> Tensor:
+        """(prod_l (1 + r_l) / (2 sqrt(r_l)) exp(r_l z_l^2) - 1) / F, r = 1/(1 - 8 A), z = x' + y'.
+
+        Theorem 3.2 of the paper, for one A; for an A of each dimension it is the same integral.
+        """
+        z = self.aligned_queries(x) + self.aligned_keys(y)
+        r = 1 / (1 - 8 * self.a.to(z.dtype))
+        terms = ((1 + r) / (2 * r.sqrt())).log() + r * z.square()
+        return terms.sum(-1).expm1() / self.n_dims
+
+
+class DenseExponentialFeatures(OptimalPositiveFeatures):
+    """Features of x~ = x' G and of y~ = y' G^-T, and an A of each dimension: FAVOR#.
+
+        phi_i(x) = D exp(sum_l [A_l w_il^2 + sqrt(1 - 4 A_l) w_il x~_l] - |x~|^2 / 2) / sqrt(F)
+
+    D = prod_l (1 - 4 A_l)^(1/4). x~.y~ = x'.y', so these are positive and unbiased for
+    exp(softmax_temp x.y) whatever G and A < 1/8. Likhosherstov et al. 2023, "FAVOR#: Sharp
+    Attention Kernel Approximations via New Classes of Positive Random Features"
+    (arXiv:2302.00787), section 4 for the first three. G and A come from the moments of queries
+    and keys that :meth:`calibrate` is given; before, from those of unit variance, where all four
+    are :class:`OptimalPositiveFeatures`. They are constants of the map, kept as buffers.
+
+    Args:
+        query_dimensions: E.
+        n_dims: F; None is E.
+        mode: "sderf", G the eigenvectors of the second moment of x' + y', an A of each; "saderf",
+            G diagonal, equal variances for queries and keys, one A; "aderf", G by singular
+            values, so that x~ and y~ have the same diagonal second moment, one A; "aligned", the G
+            of "aderf" with the A of each dimension that is optimal there, which is ours and the
+            best of the four in most cases.
+        softmax_temp: factor of the dot product; None is 1/sqrt(E).
+        heads: H, for a G and A of each head; None for one of all heads.
+        projection, redraw, deterministic_eval, generator: see :class:`RandomFeatureMap`.
+
+    Raises:
+        ValueError: for another ``mode``, or an ``n_dims`` or ``heads`` below 1.
+    """
+
+    of_queries: Tensor
+    of_keys: Tensor
+
+    def __init__(
+        self,
+        query_dimensions: int,
+        n_dims: int | None = None,
+        mode: str = "aligned",
+        softmax_temp: float | None = None,
+        heads: int | None = None,
+        projection: str = "orthogonal",
+        redraw: int = 1,
+        deterministic_eval: bool = True,
+        generator: Generator | int | None = None,
+    ) -> None:
+        if mode not in _TRANSFORMS:
+            raise ValueError(f"mode must be one of {', '.join(_TRANSFORMS)}, got {mode!r}")
+        super().__init__(
+            query_dimensions, n_dims, softmax_temp, None, heads, projection, redraw,
+            deterministic_eval, generator,
+        )  # fmt: skip
+        self.mode = mode
+        identity = torch.eye(query_dimensions).expand(*leading(heads), -1, -1)
+        self.register_buffer("of_queries", identity.clone())
+        self.register_buffer("of_keys", identity.clone())
+
+    @torch.no_grad()
+    def set_moments(self, queries: Moments, keys: Moments) -> None:
+        """Fit to the moments of queries and of keys."""
+        queries, keys = self._scaled(queries, keys)
+        transform, one_a = _TRANSFORMS[self.mode]
+        matrix, other = transform(queries, keys)
+        moments = of_sum(queries.transformed(matrix), keys.transformed(other))
+        mean_square = moments.diagonal(dim1=-2, dim2=-1)
+        if one_a:
+            mean_square = mean_square.mean(-1, keepdim=True).expand(mean_square.shape)
+        self._set(matrix, other, optimal_a(mean_square))
+
+    @torch.no_grad()
+    def set_transform(self, matrix: Tensor, a: Tensor) -> None:
+        """Set G (E, E) and A (E) themselves, (H, E, E) and (H, E) per head.
+
+        Raises:
+            ValueError: if an A is not below 1/8, where the features have no variance.
+        """
+        if not bool((a < 1 / 8).all()):
+            raise ValueError(f"every A must be below 1/8, got up to {float(a.max()):.4g}")
+        matrix = matrix.to("cpu", torch.float64)
+        self._set(matrix, torch.linalg.inv(matrix).mT, a)
+
+    def _set(self, matrix: Tensor, other: Tensor, a: Tensor) -> None:
+        self.of_queries.copy_(matrix)
+        self.of_keys.copy_(other)
+        self.a.copy_(a)
+
+    def aligned_queries(self, x: Tensor) -> Tensor:
+        return multiply(self.scaled(x), self.of_queries)
+
+    def aligned_keys(self, x: Tensor) -> Tensor:
+        return multiply(self.scaled(x), self.of_keys)
+
+
+def _rotation(queries: Moments, keys: Moments) -> tuple[Tensor, Tensor]:
+    """Eigenvectors of the second moment of the sum, for both sides."""
+    vectors = torch.linalg.eigh(of_sum(queries, keys)).eigenvectors
+    return vectors, vectors
+
+
+def _scaling(queries: Moments, keys: Moments) -> tuple[Tensor, Tensor]:
+    """A factor for each dimension that makes the second moments of both sides equal."""
+    of_queries, of_keys = (_floored(m.second.diagonal(dim1=-2, dim2=-1)) for m in (queries, keys))
+    factor = (of_keys / of_queries) ** 0.25
+    return factor.diag_embed(), (1 / factor).diag_embed()
+
+
+def _alignment(queries: Moments, keys: Moments) -> tuple[Tensor, Tensor]:
+    """G = Q1 L1^(-1/2) U S^(1/2) and G^-T = Q2 L2^(-1/2) V S^(1/2), for second moments Q L Q^T
+    and the singular values U S V^T of L1^(1/2) Q1^T Q2 L2^(1/2)."""
+    (roots1, q1), (roots2, q2) = (_eigen(m.second) for m in (queries, keys))
+    u, s, vh = torch.linalg.svd(roots1[..., None] * (q1.mT @ q2) * roots2[..., None, :])
+    root = s.sqrt()[..., None, :]
+    return (q1 / roots1[..., None, :]) @ u * root, (q2 / roots2[..., None, :]) @ vh.mT * root
+
+
+def _eigen(second: Tensor) -> tuple[Tensor, Tensor]:
+    values, vectors = torch.linalg.eigh(second)
+    return _floored(values).sqrt(), vectors
+
+
+def _floored(values: Tensor) -> Tensor:
+    least = FLOOR * values.mean(-1, keepdim=True)
+    return values.maximum(least.clamp(min=torch.finfo(values.dtype).tiny ** 0.25))
+
+
+_Transform = Callable[[Moments, Moments], tuple[Tensor, Tensor]]
+_TRANSFORMS: dict[str, tuple[_Transform, bool]] = {  # and whether all dimensions share an A
+    "sderf": (_rotation, False),
+    "saderf": (_scaling, True),
+    "aderf": (_alignment, True),
+    "aligned": (_alignment, False),
+}
