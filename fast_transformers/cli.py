@@ -1,4 +1,4 @@
-"""The command line: ``fast-transformers train``, ``generate`` and ``info``.
+"""The command line: ``fast-transformers train``, ``generate``, ``compare`` and ``info``.
 
 A mistake of the user's is one line on stderr and exit status 2; Ctrl-C is 130.
 """
@@ -70,6 +70,7 @@ def make_parser() -> Parser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_train(commands.add_parser("train", help="train a model"))
     _add_generate(commands.add_parser("generate", help="generate with a trained model"))
+    _add_compare(commands.add_parser("compare", help="compare feature maps with softmax"))
     _add_info(commands.add_parser("info", help="versions, devices, and which code would run"))
     return parser
 
@@ -124,6 +125,35 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=generate)
 
 
+def _add_compare(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add(
+        "source",
+        nargs="?",
+        default="synthetic",
+        metavar="SOURCE",
+        help="synthetic (the default), the folder of a run, a safetensors file with q and k "
+        "(N, L, H, E), or minilm, a pretrained encoder",
+    )
+    add(
+        "--feature-map",
+        metavar="SPEC",
+        action="append",
+        help="NAME[:key=value,...], as often as you like; default is a selection",
+    )
+    add(
+        "--out", type=Path, metavar="FOLDER", help="for the pictures and the page, default compare"
+    )
+    add("--draws", type=_positive, help="of each random map, default 3")
+    add("--error", type=float, default=0.3, help="relative error that is good enough, default 0.3")
+    add("--dims", type=_positive, help="dimensions of synthetic inputs, default 64")
+    add("--length", type=_positive, help="tokens, of synthetic inputs and of texts; default 256")
+    add("--heads", type=_positive, help="heads of synthetic inputs, default 2")
+    add("--logit-std", type=float, help="spread of synthetic logits, default 1")
+    add("--seed", type=int, help="of synthetic inputs, default 0")
+    parser.set_defaults(run=compare)
+
+
 def _add_info(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--shape", type=_shape, metavar="N,L,S,H,E,M", help="explain a call with these shapes")
@@ -131,6 +161,12 @@ def _add_info(parser: argparse.ArgumentParser) -> None:
     add("--attention", help="say whether this attention is available")
     add("--feature-map", metavar="SPEC", help="say what comes out of this feature map")
     parser.set_defaults(run=info)
+
+
+def _positive(text: str) -> int:
+    if not text.isascii() or not text.isdigit() or not 1 <= int(text[:10]) < 10**6:
+        raise argparse.ArgumentTypeError(f"expected a whole number from 1 to 999999, got {text!r}")
+    return int(text)
 
 
 def _shape(text: str) -> tuple[int, ...]:
@@ -179,6 +215,13 @@ def generate(args: argparse.Namespace) -> int:
     from .hf.commands import generate_from
 
     return generate_from(args)
+
+
+def compare(args: argparse.Namespace) -> int:
+    """The command ``compare``."""
+    from .compare import compare as compare_maps
+
+    return compare_maps(args)
 
 
 def info(args: argparse.Namespace) -> int:

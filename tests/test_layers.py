@@ -27,6 +27,7 @@ ORDER = [
     "diagnostics",
     "hf",
     "info",
+    "compare",
     "cli",
     "__main__",
 ]

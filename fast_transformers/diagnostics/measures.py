@@ -25,7 +25,7 @@ class Measures(NamedTuple):
         entropy: -sum_j W_ij log W_ij in nats, of weights as for ``kl``.
         largest: largest weight of a row, of weights as for ``kl``.
         rank_correlation: Spearman's, of a row's weights and logits: 1 if the weights are a
-            monotonic function of q.k.
+            monotonic function of q.k; of the first sequence only.
         effective_rank: exp of the entropy of W's normalised singular values; of the first
             sequence only.
     """
@@ -47,7 +47,7 @@ class Exact(NamedTuple):
 
     Attributes:
         weights: of softmax attention. shown: where a query sees a key.
-        ranks: of the logits in their rows, centred, of norm 1.
+        ranks: of the logits of the first sequence in their rows, centred, of norm 1.
         values: (N, H, S, M), or None.
     """
 
@@ -61,7 +61,7 @@ def exact(weights: Tensor, logits: Tensor, shown: Tensor, values: Tensor | None)
     """Prepare a comparison; ``values`` are (N, S, H, M)."""
     shown = shown.expand(weights.shape)
     values = None if values is None else values.transpose(1, 2).double()
-    return Exact(weights, shown, ranks_of(logits, shown), values)
+    return Exact(weights, shown, ranks_of(logits[:1], shown[:1]), values)
 
 
 def measure(w: Tensor, of: Exact) -> Measures:
@@ -84,7 +84,7 @@ def measure(w: Tensor, of: Exact) -> Measures:
         negative=_mean((w < 0).double(), shown, (0, 2, 3)),
         entropy=_mean(-torch.xlogy(clamped, clamped).sum(-1), rows),
         largest=_mean(clamped.amax(-1), rows),
-        rank_correlation=_mean((ranks_of(w, shown) * of.ranks).sum(-1), rows),
+        rank_correlation=_mean((ranks_of(w[:1], shown[:1]) * of.ranks).sum(-1), rows[:1]),
         effective_rank=effective_rank(w[0]),
     )
 

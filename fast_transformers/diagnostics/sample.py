@@ -49,6 +49,14 @@ class Sample(NamedTuple):
         v = None if self.v is None else self.v[:, :, one]
         return self._replace(q=self.q[:, :, one], k=self.k[:, :, one], v=v, keep=keep)
 
+    def sequences(self, which: slice) -> Sample:
+        """Some of the sequences."""
+        keep = self.keep
+        if keep is not None and keep.ndim == 4 and keep.shape[0] > 1:
+            keep = keep[which]
+        v = None if self.v is None else self.v[which]
+        return self._replace(q=self.q[which], k=self.k[which], v=v, keep=keep)
+
     def shown(self) -> Tensor:
         """``keep`` as (N or 1, H or 1, L, S)."""
         if self.keep is None:
@@ -106,6 +114,25 @@ def make_sample(
     mask = None if attn_mask is None else as_mask(attn_mask, "attn_mask")
     keep = kept(mask, key_mask(key_lengths, k), q.transpose(1, 2), k.transpose(1, 2))
     return Sample(q.detach(), k.detach(), None if v is None else v.detach(), keep, softmax_temp)
+
+
+def merge_heads(heads: Sequence[Sample]) -> Sample:
+    """Samples of one head each, of the same sequences, as one."""
+    q, k = (torch.cat([getattr(head, name) for head in heads], 2) for name in "qk")
+    values = [head.v for head in heads if head.v is not None]
+    keep = None if heads[0].keep is None else torch.cat([head.shown() for head in heads], 1)
+    return Sample(q, k, torch.cat(values, 2) if values else None, keep, heads[0].softmax_temp)
+
+
+def halves(sample: Sample) -> tuple[Sample, Sample]:
+    """The first half of the sequences, to measure, and the second, to calibrate on.
+
+    A single sequence is both.
+    """
+    count = sample.q.shape[0]
+    if count < 2:
+        return sample, sample
+    return sample.sequences(slice(0, count // 2)), sample.sequences(slice(count // 2, None))
 
 
 def named(feature_maps: MapsLike) -> dict[str, MapLike]:
