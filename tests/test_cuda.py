@@ -19,6 +19,7 @@ from fast_transformers.feature_maps import (
 )
 from fast_transformers.masking import LengthMask, TriangularCausalMask
 from fast_transformers.utils import make_mirror
+from tests.maps import CATALOGUE
 from tests.support import DTYPES, assert_as_accurate, differentiate, make_qkv
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -29,6 +30,11 @@ MAPS = [
     RandomFourierFeatures,
     SmoothedRandomFourierFeatures,
     GeneralizedRandomFeatures,
+]
+MODELS = [
+    *(("causal-linear", factory) for factory in MAPS),
+    *(("causal-linear", factory) for factory in CATALOGUE.values()),
+    ("full", None),
 ]
 
 
@@ -48,8 +54,9 @@ def test_as_accurate_as_the_reference(function, factory, dtype) -> None:
         assert_as_accurate(a, p, e, size=largest if i >= 2 else None, log_size=20.0)
 
 
-@pytest.mark.parametrize("factory", MAPS)
-@pytest.mark.parametrize("attention", ["causal-linear", "full"])
+@pytest.mark.parametrize(
+    ("attention", "factory"), MODELS, ids=["full" if f is None else repr(f) for _, f in MODELS]
+)
 def test_a_model_and_its_recurrent_twin(attention, factory) -> None:
     options = {"attention_type": attention, "n_layers": 2, "n_heads": 2, "query_dimensions": 8}
     options |= {"value_dimensions": 8, "feature_map": factory}

@@ -29,7 +29,7 @@ class OptimalPositiveFeatures(RandomFeatureMap):
 
     D = (1 - 4 A)^(E/4), x' = sqrt(softmax_temp) x: positive, unbiased for exp(softmax_temp x.y)
     at any A < 1/8, and bounded for A < 0. Likhosherstov et al. 2022, "Chefs' Random Tables"
-    (arXiv:2205.15317), section 3.2 (OPRF): the A of smallest variance for the mean of
+    (arXiv:2205.15317), theorems 3.1 to 3.3 (OPRF): the A of smallest variance for the mean of
     |x' + y'|^2 over queries and keys. A = 0 is FAVOR+ with features of one sign.
 
     The mean is that of :meth:`calibrate`; before, ``sum_norm``. It is a constant of the map, so
@@ -156,9 +156,9 @@ class DenseExponentialFeatures(OptimalPositiveFeatures):
     D = prod_l (1 - 4 A_l)^(1/4). x~.y~ = x'.y', so these are positive and unbiased for
     exp(softmax_temp x.y) whatever G and A < 1/8. Likhosherstov et al. 2023, "FAVOR#: Sharp
     Attention Kernel Approximations via New Classes of Positive Random Features"
-    (arXiv:2302.00787), section 4 for the first three. G and A come from the moments of queries
-    and keys that :meth:`calibrate` is given; before, from those of unit variance, where all four
-    are :class:`OptimalPositiveFeatures`. They are constants of the map, kept as buffers.
+    (arXiv:2302.00787) has the first three modes under these names. G and A come from the moments
+    of queries and keys that :meth:`calibrate` is given; before, from those of unit variance, where
+    all four are :class:`OptimalPositiveFeatures`. They are constants of the map, kept as buffers.
 
     Args:
         query_dimensions: E.

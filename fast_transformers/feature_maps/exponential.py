@@ -61,8 +61,8 @@ class LogNormal(FeatureMap):
     """phi(q) = exp(alpha q), phi(k) = exp(beta k), element by element; LLN attention.
 
     Nahshan et al. 2023, "Linear Log-Normal Attention with Unbiased Concentration"
-    (arXiv:2311.13541), section 4.1: alpha and beta are chosen so that the logarithms of the
-    weights vary as those of softmax attention do,
+    (arXiv:2311.13541), its moment matching: alpha and beta are chosen so that the logarithms of
+    the weights vary as those of softmax attention do,
 
         alpha = s / std(q),  beta = s / std(k),  s^2 = (std(q)^2 std(k)^2 - b) / (2 a)
 

@@ -122,6 +122,7 @@ class SmoothedRandomFourierFeatures(RandomFeatureMap):
         if smoothing < 0:
             raise ValueError(f"smoothing is added to the kernel: it must be >= 0, got {smoothing}")
         self.smoothing = smoothing
+        self.positive = smoothing >= 1  # a mean of cosines is at least -1
         super().__init__(
             query_dimensions, (self.n_dims - 1) // 2, softmax_temp,
             projection_of(orthogonal, projection), redraw, deterministic_eval, generator,

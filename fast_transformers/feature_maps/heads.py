@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -19,7 +21,7 @@ def multiply(x: Tensor, matrix: Tensor) -> Tensor:
     if matrix.ndim == 2:
         return x @ matrix
     check_heads(x, matrix.shape[0])
-    return (x.unsqueeze(-2) @ matrix).squeeze(-2)
+    return torch.einsum("...he,hef->...hf", x, matrix)
 
 
 def check_heads(x: Tensor, heads: int) -> None:
@@ -85,3 +87,21 @@ class HeadLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y = multiply(x, self.weight)
         return y if self.bias is None else y + self.bias.to(y.dtype)
+
+
+class TwoSides(nn.Module):
+    """A :class:`HeadLinear` of queries and one of keys, or one of both if they are ``tied``.
+
+    Args: those of :class:`HeadLinear`.
+    """
+
+    def __init__(self, *args: Any, tied: bool, **options: Any) -> None:
+        super().__init__()
+        self.queries = HeadLinear(*args, **options)
+        self.keys = None if tied else HeadLinear(*args, **options)
+
+    def of_queries(self, x: Tensor) -> Tensor:
+        return self.queries(x)
+
+    def of_keys(self, x: Tensor) -> Tensor:
+        return self.queries(x) if self.keys is None else self.keys(x)

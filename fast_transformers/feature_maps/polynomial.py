@@ -124,7 +124,7 @@ class TaylorFeatureMap(FeatureMap):
 class PolynomialFeatureMap(FeatureMap):
     """phi(x).phi(y) = (softmax_temp x.y)^degree, by all products of ``degree`` entries.
 
-    Symmetric powers; e.g. Kacham et al. 2023 (arXiv:2310.01655), section 2.1, where degrees of 4
+    Symmetric powers; e.g. Kacham et al. 2023 (arXiv:2310.01655), where degrees of 4
     and more match softmax attention. Even degrees cannot tell x from -x; of odd ones the kernel
     may be negative.
 
@@ -163,7 +163,7 @@ class ReBased(FeatureMap):
     """phi(q).phi(k) = (q'.k')^2 / E, x' = gamma * norm(x) + beta, with gamma, beta of each side.
 
     Aksenov et al. 2024, "Linear Transformers with Learnable Kernel Functions are Better
-    In-Context Models" (arXiv:2402.10644), section 4: unlike Taylor's series the square can reach
+    In-Context Models" (arXiv:2402.10644): unlike Taylor's series the square can reach
     0, at an angle that is learned. norm(x) has mean 0 and variance 1 over the entries.
 
     Args:

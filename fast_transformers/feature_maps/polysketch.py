@@ -19,10 +19,10 @@ class PolySketch(RandomFeatureMap):
         S_1(x) = x',   S_2k(x) = (S_k(x) G * S'_k(x) G') / sqrt(sketch),   p(s).p(t) = (s.t)^2
 
     with Gaussian G and G' of ``sketch`` columns, and S', S independent. Kacham, Mirrokni and Zhong
-    2023, "PolySketchFormer" (arXiv:2310.01655), section 2.3: weights cannot be negative, whereas
-    those of an unbiased sketch of the whole degree can, and then denominators vanish. The square
-    raises the mean by the variance of the sketch; :meth:`kernel` includes that. The paper does
-    not pack the products, sketch^2 of them.
+    2023, "PolySketchFormer" (arXiv:2310.01655), the non-negative sketch: weights cannot be
+    negative, whereas those of an unbiased sketch of the whole degree can, and then denominators
+    vanish. The square raises the mean by the variance of the sketch; :meth:`kernel` includes
+    that. The paper does not pack the products, sketch^2 of them.
 
     Args:
         query_dimensions: E.
@@ -57,6 +57,8 @@ class PolySketch(RandomFeatureMap):
             raise ValueError(f"degree of PolySketch must be 4, 8 or 16, got {degree}")
         if sketch < 1:
             raise ValueError(f"sketch must be at least 1, got {sketch}")
+        if isinstance(generator, int):
+            generator = Generator().manual_seed(generator)
         square = SymmetricPower(sketch, 2)
         self.parts = degree // 2
         super().__init__(
@@ -67,7 +69,7 @@ class PolySketch(RandomFeatureMap):
         self.square = square
         # the Gs of S_4 and beyond, sketch x sketch each, side by side
         self.register_buffer("mixers", torch.empty(sketch, (self.parts - 2) * sketch))
-        self._fill_mixers(torch.Generator().manual_seed((int(self.seed) + _OTHER_STREAM) % 2**63))
+        self._fill_mixers(generator)
 
     @property
     def feature_dims(self) -> int:

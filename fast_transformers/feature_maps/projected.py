@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .adapt import build_feature_map
 from .base import widen
-from .heads import HeadLinear
+from .heads import TwoSides
 from .polynomial import TaylorFeatureMap
 from .wrappers import Factory, Wrapper
 
@@ -42,15 +42,14 @@ class Projected(Wrapper):
             raise ValueError(f"dim must be at least 1, got {dim}")
         super().__init__(query_dimensions, [build_feature_map(inner, dim)])
         self._tell_heads_apart(heads)
-        options = (query_dimensions, dim, heads, False, "orthonormal")
-        self.of_queries = HeadLinear(*options)
-        self.of_keys = self.of_queries if tied else HeadLinear(*options)
+        self.linear = TwoSides(query_dimensions, dim, heads, False, "orthonormal", tied=tied)
         self.reset_parameters()
 
+    @torch.no_grad()
     def reset_parameters(self) -> None:
-        self.of_queries.reset_parameters()
-        with torch.no_grad():
-            self.of_keys.weight.copy_(self.of_queries.weight)
+        """Let the projections of queries and keys start alike."""
+        if self.linear.keys is not None:
+            self.linear.keys.weight.copy_(self.linear.queries.weight)
 
     @property
     def feature_dims(self) -> int:
@@ -58,25 +57,25 @@ class Projected(Wrapper):
 
     @torch.no_grad()
     def calibrate(self, queries: Tensor, keys: Tensor) -> None:
-        super().calibrate(self.of_queries(widen(queries)), self.of_keys(widen(keys)))
+        super().calibrate(self.linear.of_queries(widen(queries)), self.linear.of_keys(widen(keys)))
 
     def forward_queries(self, x: Tensor) -> Tensor:
-        return self.inner.forward_queries(self.of_queries(widen(x))).to(x.dtype)
+        return self.inner.forward_queries(self.linear.of_queries(widen(x))).to(x.dtype)
 
     def forward_keys(self, x: Tensor) -> Tensor:
-        return self.inner.forward_keys(self.of_keys(widen(x))).to(x.dtype)
+        return self.inner.forward_keys(self.linear.of_keys(widen(x))).to(x.dtype)
 
     def log_queries(self, x: Tensor) -> Tensor:
-        return self.inner.log_queries(self.of_queries(widen(x)))
+        return self.inner.log_queries(self.linear.of_queries(widen(x)))
 
     def log_keys(self, x: Tensor) -> Tensor:
-        return self.inner.log_keys(self.of_keys(widen(x)))
+        return self.inner.log_keys(self.linear.of_keys(widen(x)))
 
     def query_offset(self, x: Tensor) -> Tensor | float:
-        return self.inner.query_offset(self.of_queries(widen(x)))
+        return self.inner.query_offset(self.linear.of_queries(widen(x)))
 
     def kernel(self, x: Tensor, y: Tensor) -> Tensor:
-        return self.inner.kernel(self.of_queries(x), self.of_keys(y))
+        return self.inner.kernel(self.linear.of_queries(x), self.linear.of_keys(y))
 
     def relative_variance(self, x: Tensor, y: Tensor) -> Tensor:
-        return self.inner.relative_variance(self.of_queries(x), self.of_keys(y))
+        return self.inner.relative_variance(self.linear.of_queries(x), self.linear.of_keys(y))

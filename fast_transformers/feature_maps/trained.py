@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .base import FeatureMap, widen
-from .heads import HeadLinear
+from .heads import TwoSides
 
 
 class _Linear(FeatureMap):
@@ -26,10 +26,7 @@ class _Linear(FeatureMap):
     ) -> None:
         super().__init__(query_dimensions)
         self.heads, self.any_input = heads, heads is None
-        self.of_queries = HeadLinear(query_dimensions, width, heads, bias, initial)
-        self.of_keys = (
-            self.of_queries if tied else HeadLinear(query_dimensions, width, heads, bias, initial)
-        )
+        self.linear = TwoSides(query_dimensions, width, heads, bias, initial, tied=tied)
         self.width = width
 
     def kernel(self, x: Tensor, y: Tensor) -> Tensor:
@@ -71,10 +68,10 @@ class T2R(_Linear):
         return self.width
 
     def forward_queries(self, x: Tensor) -> Tensor:
-        return self.of_queries(widen(x)).relu().to(x.dtype)
+        return self.linear.of_queries(widen(x)).relu().to(x.dtype)
 
     def forward_keys(self, x: Tensor) -> Tensor:
-        return self.of_keys(widen(x)).relu().to(x.dtype)
+        return self.linear.of_keys(widen(x)).relu().to(x.dtype)
 
 
 class Hedgehog(_Linear):
@@ -122,10 +119,10 @@ class Hedgehog(_Linear):
         return self.log_keys(x).exp().to(x.dtype)
 
     def log_queries(self, x: Tensor) -> Tensor:
-        return self._both_signs(self.of_queries(widen(x)))
+        return self._both_signs(self.linear.of_queries(widen(x)))
 
     def log_keys(self, x: Tensor) -> Tensor:
-        return self._both_signs(self.of_keys(widen(x)))
+        return self._both_signs(self.linear.of_keys(widen(x)))
 
     def _both_signs(self, u: Tensor) -> Tensor:
         if self.normalize == "softmax":

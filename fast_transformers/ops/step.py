@@ -38,7 +38,7 @@ def encode(
         x = _cast(x, dtype)
         return kind.keys(x) if of_keys else kind.queries(x)
     function = features.keys if of_keys else features.queries
-    phi = function(features.cast(x, dtype)[:, None])[:, 0].to(dtype)
+    phi = function(features.cast(x, dtype)[:, None])[:, 0].to(dtype).contiguous()
     return phi * LOG2E if features.exponential else phi
 
 
@@ -112,11 +112,11 @@ def look_up(
     p = b.reshape(g, -1, f)
     positive = kind is not None and kind.positive and (eps > 0 if state.shift is None else seen)
     if state.shift is not None:
-        p = p + state.shift.view(g, 1, f)
+        p = p + state.shift.reshape(g, 1, f)
         offset = p.detach().amax(-1, keepdim=True)
         p.sub_(offset if positive else offset.clamp_(min=lowest(p.dtype))).exp2_()
-    numerator = torch.bmm(p, state.kv.view(g, f, m))
-    denominator = torch.bmm(p, state.z.view(g, f, 1))
+    numerator = torch.bmm(p, state.kv.reshape(g, f, m))
+    denominator = torch.bmm(p, state.z.reshape(g, f, 1))
     if state.shift is None:
         denominator = denominator + eps
     if not positive:

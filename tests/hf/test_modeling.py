@@ -11,6 +11,12 @@ KINDS = [
     {"attention": "causal-linear", "feature_map": "elu"},
     {"attention": "causal-linear", "feature_map": "favor:n_dims=32"},
     {"attention": "causal-linear", "feature_map": "elu", "rotary": True, "norm_first": True},
+    {"attention": "causal-linear", "feature_map": "centered:inner='derf:heads=2',heads=2"},
+    {"attention": "causal-linear", "feature_map": "cos:inner='projected:dim=4'"},
+    {
+        "attention": "causal-linear",
+        "feature_map": "concat:inners=['hedgehog','rebased','polysketch:degree=8','t2r:heads=2']",
+    },
     {"attention": "full"},
     {"attention": "full", "rotary": True, "norm_type": "rmsnorm"},
     {"attention": "conditional-full:causal-linear"},

@@ -1,0 +1,172 @@
+"""The mean and variance of every random map, for every projection, against closed forms."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from fast_transformers.feature_maps import (
+    PROJECTIONS,
+    Centered,
+    DenseExponentialFeatures,
+    Favor,
+    FeatureMap,
+    GeneralizedRandomFeatures,
+    OptimalPositiveFeatures,
+    PolySketch,
+    RandomFourierFeatures,
+    SmoothedRandomFourierFeatures,
+)
+
+E = 16
+
+
+def centered(dims: int, **options) -> Centered:
+    return Centered(dims, DenseExponentialFeatures.factory(**options))
+
+
+MAPS: dict[str, Callable[..., FeatureMap]] = {
+    "favor": Favor,
+    "rff": RandomFourierFeatures,
+    "smoothed": SmoothedRandomFourierFeatures,
+    "generalized": GeneralizedRandomFeatures,
+    "favor+": functools.partial(OptimalPositiveFeatures, sum_norm=0.0),
+    "oprf": OptimalPositiveFeatures,
+    "sderf": functools.partial(DenseExponentialFeatures, mode="sderf"),
+    "saderf": functools.partial(DenseExponentialFeatures, mode="saderf"),
+    "aderf": functools.partial(DenseExponentialFeatures, mode="aderf"),
+    "aligned": DenseExponentialFeatures,
+    "centered": centered,
+}
+
+
+def make(name: str, **options) -> FeatureMap:
+    """A map in float64, calibrated to inputs that are neither centred nor isotropic."""
+    feature_map = MAPS[name](E, softmax_temp=0.25, **options).double().eval()
+    generator = torch.Generator().manual_seed(5)
+    scale = torch.linspace(0.3, 1.2, E)
+    q, k = torch.randn(2, 500, 1, E, generator=generator) * scale
+    feature_map.calibrate(q + 0.3, 1.5 * k.flip(-1) - 0.2)
+    return feature_map
+
+
+def pairs(norm: float) -> tuple[Tensor, Tensor]:
+    """Random, positive, negative, axis-aligned, parallel and opposite pairs, (6, E); ``norm`` is
+    that after the temperature."""
+    x, y = torch.randn(2, 6, E, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    x[1], y[1] = x[1].abs(), y[1].abs()
+    x[2], y[2] = -x[2].abs(), -y[2].abs()
+    x[3], y[3] = torch.eye(E)[3], torch.eye(E)[3] * 0.5 + torch.eye(E)[7]
+    y[4], y[5] = x[4], -x[5]
+    return tuple(2 * norm * v / v.norm(dim=-1, keepdim=True) for v in (x, y))
+
+
+def products(feature_map: FeatureMap, x: Tensor, y: Tensor) -> Tensor:
+    """phi_i(x) phi_i(y), (6, F)."""
+    return feature_map.forward_queries(x) * feature_map.forward_keys(y)
+
+
+@pytest.mark.parametrize("projection", PROJECTIONS)
+@pytest.mark.parametrize("name", MAPS)
+def test_the_mean_is_the_kernel(name: str, projection: str) -> None:
+    """Within 4 standard errors, from many draws of few features."""
+    x, y = pairs(norm=0.7)
+    feature_map = make(name, n_dims=33 if name == "smoothed" else 32, projection=projection)
+    generator, found = torch.Generator().manual_seed(0), []
+    for _ in range(600):
+        feature_map.resample(generator)
+        found.append(products(feature_map, x, y).sum(-1))
+    estimates, kernel = torch.stack(found), feature_map.kernel(x, y)
+    allowed = 4 * estimates.std(0) / len(found) ** 0.5 + 1e-6 * kernel.abs().max()
+    assert ((estimates.mean(0) - kernel).abs() <= allowed).all()
+
+
+@pytest.mark.parametrize("name", MAPS)
+def test_the_variance_is_the_closed_form(name: str) -> None:
+    """Within 10 %, from the terms of one draw of a million independent directions."""
+    x, y = pairs(norm=0.6)
+    directions = 1_000_000
+    per_direction = 2 if name in ("favor", "rff", "smoothed") else 1
+    feature_map = make(
+        name, n_dims=per_direction * directions + (name == "smoothed"), projection="iid"
+    )
+    variances = []
+    for a, b in zip(x, y, strict=True):
+        terms = products(feature_map, a, b)[: per_direction * directions]
+        variances.append(terms.view(per_direction, directions).sum(0).var() * directions)
+    kernel = feature_map.kernel(x, y)
+    closed = feature_map.relative_variance(x, y)
+    known = kernel > 1e-9  # the kernel of relu is 0 for opposite pairs
+    assert known.sum() >= 5
+    found = torch.stack(variances) / kernel.square()
+    # parallel Fourier features, and hyperbolic ones of opposite vectors, have none
+    torch.testing.assert_close(found[known], closed[known], rtol=0.1, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("name", "projection"),
+    [
+        *((name, "orthogonal") for name in MAPS),
+        *((n, p) for n in ("favor", "generalized", "oprf") for p in ("sorf", "simplex", "qmc")),
+    ],
+)
+def test_dependent_directions_do_not_raise_the_variance(name: str, projection: str) -> None:
+    """At most that of independent ones, on average over the pairs, with 5 % for the noise."""
+    x, y = pairs(norm=0.5)
+    feature_map = make(name, n_dims=33 if name == "smoothed" else 32, projection=projection)
+    generator, found = torch.Generator().manual_seed(0), []
+    for _ in range(2000):
+        feature_map.resample(generator)
+        found.append(products(feature_map, x, y).sum(-1))
+    kernel = feature_map.kernel(x, y)
+    known = kernel > 1e-9
+    relative = torch.stack(found).var(0) / kernel.square()
+    independent = feature_map.relative_variance(x, y)
+    assert relative[known].sum() <= 1.05 * independent[known].sum()
+
+
+@pytest.mark.parametrize("projection", PROJECTIONS)
+@pytest.mark.parametrize("degree", [4, 8])
+def test_a_sketch_is_unbiased(degree: int, projection: str) -> None:
+    """S(x).S(y) is (x'.y')^(degree/2) on average, with every projection."""
+    x, y = pairs(norm=1.0)
+    feature_map = PolySketch(
+        E, 16, degree, softmax_temp=0.25, normalize=False, projection=projection
+    ).double()
+    generator, found = torch.Generator().manual_seed(0), []
+    for _ in range(500):
+        feature_map.resample(generator)
+        found.append((feature_map.sketch(x) * feature_map.sketch(y)).sum(-1))
+    estimates = torch.stack(found)
+    expected = (0.25 * (x * y).sum(-1)) ** (degree // 2)
+    allowed = 4 * estimates.std(0) / len(found) ** 0.5
+    assert ((estimates.mean(0) - expected).abs() <= allowed).all()
+
+
+@pytest.mark.parametrize(("degree", "sketch"), [(4, 16), (4, 64), (8, 256)])
+def test_the_mean_of_a_squared_sketch(degree: int, sketch: int) -> None:
+    """The bias is in the kernel: upwards, and the smaller the larger the sketch."""
+    x, y = pairs(norm=1.0)
+    feature_map = PolySketch(
+        E, sketch, degree, softmax_temp=0.25, normalize=False, generator=0
+    ).double()
+    generator, found = torch.Generator().manual_seed(1), []
+    for _ in range(800):
+        feature_map.resample(generator)
+        found.append((feature_map.sketch(x) * feature_map.sketch(y)).sum(-1).square())
+    estimates, kernel = torch.stack(found), feature_map.kernel(x, y)
+    allowed = 4 * estimates.std(0) / len(found) ** 0.5
+    assert ((estimates.mean(0) - kernel).abs() <= allowed).all()
+    assert (kernel > (0.25 * (x * y).sum(-1)) ** degree).all()
+    phi = (feature_map.forward_queries(x) * feature_map.forward_keys(y)).sum(-1)
+    torch.testing.assert_close(phi, (feature_map.sketch(x) * feature_map.sketch(y)).sum(-1) ** 2)
+
+
+def test_the_variance_of_many_features_is_that_of_one_by_their_number() -> None:
+    x, y = pairs(norm=0.5)
+    few, many = (OptimalPositiveFeatures(E, n).double() for n in (10, 1000))
+    torch.testing.assert_close(few.relative_variance(x, y), 100 * many.relative_variance(x, y))
