@@ -79,7 +79,8 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add(
         "--data",
-        help="digits (the default), copy, python (its standard library), or a file or folder",
+        help="digits (the default), copy, mqar (associative recall), python (its standard "
+        "library), or a file or folder",
     )
     add("--out", type=Path, metavar="RUN", help="folder of the run, default runs/DATA")
     add("--attention", help="default causal-linear; full is the softmax attention")
@@ -91,7 +92,7 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
     add("--heads", type=int)
     add("--dim", type=int, help="dimensions of a token")
     add("--feed-forward", type=int, help="dimensions inside the feed-forward network")
-    add("--length", type=int, help="longest sequence of the copying task, or bytes in a window")
+    add("--length", type=int, help="longest sequence of copy and mqar, or bytes in a window")
     add("--dropout", type=float)
     add("--weight-decay", type=float)
     add(
@@ -110,13 +111,17 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
 def _add_generate(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("model", type=Path, metavar="RUN", help="folder of a run")
-    add("--n", type=int, help="images or copies, default 10")
+    add("--n", type=int, help="images, copies or values, default 10")
     add("--class", dest="digit", metavar="DIGIT", help="0 to 9, or all in turn (the default)")
     add("--complete", action="store_true", help="draw the lower half of held-out digits")
     add("--prompt", help="text to continue")
     add("--prompt-file", type=Path, help="file with the text to continue")
-    add("--length", type=int, help="bytes to write, or symbols to copy")
-    add("--temperature", type=float, help="0 takes the likeliest; default 1, for copies 0")
+    add("--length", type=int, help="bytes to write, symbols to copy, or pairs to recall from")
+    add(
+        "--temperature",
+        type=float,
+        help="0 takes the likeliest; default 1, for copies and values 0",
+    )
     add("--top-p", type=float, default=1.0)
     add("--seed", type=int, default=0)
     add("--out", type=Path, metavar="FILE", help="a PNG for digits, else text")
