@@ -151,6 +151,13 @@ def _add_compare(parser: argparse.ArgumentParser) -> None:
     )
     add("--draws", type=_positive, help="of each random map, default 3")
     add("--error", type=float, default=0.3, help="relative error that is good enough, default 0.3")
+    add(
+        "--fit",
+        type=_positive,
+        default=0,
+        metavar="STEPS",
+        help="minilm: fit trained maps by so many steps on other texts first",
+    )
     add("--dims", type=_positive, help="dimensions of synthetic inputs, default 64")
     add("--length", type=_positive, help="tokens, of synthetic inputs and of texts; default 256")
     add("--heads", type=_positive, help="heads of synthetic inputs, default 2")

@@ -32,8 +32,13 @@ def compare(args: argparse.Namespace) -> int:
         from .diagnostics.catalogue import TOKENS, minilm_page
 
         _only(args, ("length",))
-        title, sections = minilm_page(specs, args.draws or 3, args.length or TOKENS, progress)
+        title, sections = minilm_page(
+            specs, draws=args.draws or 3, tokens=args.length or TOKENS, steps=args.fit,
+            progress=progress,
+        )  # fmt: skip
     else:
+        if args.fit:
+            raise ValueError("--fit is for minilm alone")
         _needs("matplotlib")
         comparison = Comparison(_source(args), specs or DEFAULT, args.draws or 3, args.error)
         title = comparison.source.title

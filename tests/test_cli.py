@@ -111,7 +111,7 @@ def test_recall_values(capsys, models):
         assert re.fullmatch(r"\d+:\d+ \d+:\d+  \d+\? \d+  (right|wrong)", line)
         stored, question, verdict = line.split("  ")
         key, answer = question.split("? ")
-        assert 64 <= int(answer) < 128
+        assert 32 <= int(answer) < 64
         assert (dict(p.split(":") for p in stored.split())[key] == answer) == (verdict == "right")
     assert re.match(r"[\d.]+% of 3 values right; ", summary)
 

@@ -43,7 +43,7 @@ PATHS = {
     ),
     "fast_transformers.causal_product": "CausalDotProduct causal_dot_product",
     "fast_transformers.diagnostics": (
-        "attention_map attention_report kernel_report scale_report suggest capture capacity "
+        "attention_map attention_report kernel_report scale_report suggest capture capacity fit "
         "AttentionReport Capture CapacityReport KernelReport Measures Sample ScaleReport "
         "Suggestion make_sample"
     ),

@@ -3,6 +3,7 @@
 from .attention_report import AttentionReport, attention_report
 from .capacity import CapacityReport, capacity
 from .capture import Capture, capture
+from .fit import fit
 from .kernel_report import KernelReport, kernel_report
 from .measures import Measures
 from .sample import Sample, make_sample
@@ -20,6 +21,7 @@ __all__ = [
     # on models, and on nothing but the map
     "capture",
     "capacity",
+    "fit",
     # what they return
     "AttentionReport",
     "Capture",

@@ -115,9 +115,13 @@ def report_of(
     *,
     draws: int = 4,
     seed: int = 0,
+    prepare: Callable[[Any, Sample], object] | None = None,
     tick: Callable[[], object] = lambda: None,
 ) -> AttentionReport:
-    """:func:`attention_report` of samples; ``tick`` is called after every map of every head."""
+    """:func:`attention_report` of samples; ``tick`` is called after every map of every head.
+
+    ``prepare`` is called with each calibrated map and the examples of its head.
+    """
     if draws < 1:
         raise ValueError(f"draws must be at least 1, got {draws}")
     found: dict[str, list[Measures]] = {name: [] for name in (SOFTMAX, UNIFORM, *maps)}
@@ -130,7 +134,7 @@ def report_of(
         found[UNIFORM].append(measure(uniform_weights(head), reference))
         for name, source in maps.items():
             measures = []
-            options: dict[str, Any] = {"draws": draws, "seed": seed + index}
+            options: dict[str, Any] = {"draws": draws, "seed": seed + index, "prepare": prepare}
             made = None
             for made in instances(source, head.q.shape[-1], examples=calibrated_on, **options):
                 measures.append(measure(linear_weights(made, head), reference))

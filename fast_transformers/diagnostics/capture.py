@@ -39,6 +39,7 @@ class Capture(NamedTuple):
         calibration: Capture | None = None,
         draws: int = 4,
         seed: int = 0,
+        prepare: Callable[[Any, Sample], object] | None = None,
         tick: Callable[[], object] = lambda: None,
     ) -> dict[str, AttentionReport]:
         """An :func:`~fast_transformers.diagnostics.attention_report` of every layer.
@@ -48,6 +49,7 @@ class Capture(NamedTuple):
             calibration: of the same model on other inputs, for maps that have statistics; None
                 takes this one, which flatters them.
             draws, seed: see ``attention_report``.
+            prepare: called with each map that was calibrated and the examples of its head.
             tick: called after every map of every head, for a progress bar.
 
         Raises:
@@ -57,7 +59,8 @@ class Capture(NamedTuple):
         reports = {}
         for index, (name, sample) in enumerate(self.layers.items()):
             maps = {} if feature_maps is None else named(feature_maps)
-            options = {"draws": draws, "seed": seed + 1000 * index}
+            options: dict[str, Any] = {"draws": draws, "seed": seed + 1000 * index}
+            options["prepare"] = prepare
             if feature_maps is None:
                 if name not in self.own:
                     raise ValueError(f"{name} is softmax attention; pass feature_maps to try")

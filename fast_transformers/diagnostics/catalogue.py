@@ -50,11 +50,24 @@ CATALOGUE = (
     "centered:inner='derf:n_dims=256'",
 )
 
+TRAINED = (
+    "t2r:n_dims=256",
+    "hedgehog",
+    "hedgehog:normalize=none",
+    "rebased",
+    "projected:inner=taylor, dim=21",
+    "projected:inner='centered:inner=taylor', dim=21",
+    "projected:inner='favor:n_dims=256', dim=32",
+    "centered:inner=taylor, learned=True",
+    "centered:inner='favor:n_dims=256', learned=True",
+    "centered:inner='derf:n_dims=256', learned=True",
+)
+
 Progress = Callable[[int], AbstractContextManager[Callable[[str], object]]]
 
 
 def minilm_report(
-    specs: Sequence[str], *, draws: int, tokens: int, progress: Progress
+    specs: Sequence[str], *, draws: int, tokens: int, steps: int, progress: Progress
 ) -> EncoderReport:
     """Maps in all 72 heads of all-MiniLM-L6-v2, on pages of Python's own help.
 
@@ -72,15 +85,22 @@ def minilm_report(
     measured, calibration = ids[::2][:TEXTS], ids[1::2]
     with progress(2 * len(specs) * 72) as tick:
         return encoder_report(
-            specs, model, measured, calibration, draws=draws, tick=lambda: tick("MiniLM")
+            specs,
+            model,
+            measured,
+            calibration,
+            draws=draws,
+            steps=steps,
+            tick=lambda: tick("MiniLM"),
         )
 
 
 def minilm_page(
-    specs: Sequence[str], draws: int, tokens: int, progress: Progress
+    specs: Sequence[str], *, draws: int, tokens: int, steps: int, progress: Progress
 ) -> tuple[str, list[Section]]:
     """Title and sections of a page on :func:`minilm_report`; no specs means all maps."""
-    report = minilm_report(specs or CATALOGUE, draws=draws, tokens=tokens, progress=progress)
+    specs = specs or (TRAINED if steps else CATALOGUE)
+    report = minilm_report(specs, draws=draws, tokens=tokens, steps=steps, progress=progress)
     title = (
         f"the 72 heads (32 dimensions) of all-MiniLM-L6-v2, {report.texts} texts of "
         f"{report.tokens} tokens, {report.draws} draws a head"
@@ -91,7 +111,12 @@ def minilm_page(
         f"{report.calibration} other texts. of uniform: KL divergence as a share of that of "
         "uniform attention; better heads: share of heads where it is below. cosine: of a text's "
         "embedding (the mean of the last states) to the exact model's when the map is in the "
-        "place of all attention at once; mean and least over the texts. Nothing was trained.",
+        "place of all attention at once; mean and least over the texts. "
+        + (
+            f"Maps were fitted to those texts in {steps} steps."
+            if steps
+            else "Nothing was trained."
+        ),
         [report],
     )
     return title, [section]

@@ -5,14 +5,17 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..feature_maps import FeatureMap
 from .attention_report import SOFTMAX, UNIFORM, AttentionReport
 from .capture import Capture, capture
+from .fit import fit_to
 from .sample import MapLike, MapsLike, Sample, instances, named
 from .table import Cell, Report
 from .weights import linear_weights, softmax_weights, uniform_weights
@@ -121,6 +124,7 @@ def encoder_report(
     *,
     draws: int = 3,
     seed: int = 0,
+    steps: int = 0,
     tick: Callable[[], object] = lambda: None,
 ) -> EncoderReport:
     """Put maps in the place of every attention of an encoder of Hugging Face transformers.
@@ -134,6 +138,8 @@ def encoder_report(
         measured: ids (texts, tokens) to measure on. calibration: ids of other texts.
         draws: of each random map; embeddings are those of the first draw.
         seed: of the draws.
+        steps: of :func:`~fast_transformers.diagnostics.fit` on the other texts, for maps with
+            trained parameters.
         tick: called after every map of every head, twice.
 
     Raises:
@@ -146,14 +152,17 @@ def encoder_report(
         )
     maps = named(feature_maps)
     found, examples = capture(model, measured), capture(model, calibration)
-    report = found.overall(maps, calibration=examples, draws=draws, seed=seed, tick=tick)
+    prepare = partial(_fit, steps=steps)
+    report = found.overall(
+        maps, calibration=examples, draws=draws, seed=seed, prepare=prepare, tick=tick
+    )
     embed = _Embedding(model, measured)
     cosines = {
         SOFTMAX: embed.cosines(lambda _, sample: softmax_weights(sample)),
         UNIFORM: embed.cosines(lambda _, sample: uniform_weights(sample)),
     }
     for name, source in maps.items():
-        cosines[name] = embed.cosines(_Replacement(source, examples, seed, tick))
+        cosines[name] = embed.cosines(_Replacement(source, examples, seed, prepare, tick))
     uniform = report[UNIFORM].kl
     rows = []
     for name, features, measures in report.rows:
@@ -177,13 +186,24 @@ def encoder_report(
     return EncoderReport(tuple(rows), report, *sizes, draws)
 
 
+def _fit(made: Any, examples: Sample, steps: int) -> None:
+    if isinstance(made, FeatureMap):
+        fit_to(made, examples, steps=steps)
+
+
 class _Replacement:
     """The weights of a map, for one layer after the other."""
 
     def __init__(
-        self, source: MapLike, examples: Capture, seed: int, tick: Callable[[], object]
+        self,
+        source: MapLike,
+        examples: Capture,
+        seed: int,
+        prepare: Callable[[Any, Sample], object],
+        tick: Callable[[], object],
     ) -> None:
-        self._source, self._examples, self._seed, self._tick = source, examples, seed, tick
+        self._source, self._examples, self._seed = source, examples, seed
+        self._prepare, self._tick = prepare, tick
 
     def __call__(self, name: str, sample: Sample) -> Tensor:
         weights = []
@@ -191,7 +211,15 @@ class _Replacement:
         for index in range(sample.q.shape[2]):
             head, examples = sample.head(index), self._examples.layers[name].head(index)
             seed = self._seed + 1000 * layer + index
-            made = next(instances(self._source, head.q.shape[-1], seed=seed, examples=examples))
+            made = next(
+                instances(
+                    self._source,
+                    head.q.shape[-1],
+                    seed=seed,
+                    examples=examples,
+                    prepare=self._prepare,
+                )
+            )
             weights.append(linear_weights(made, head))
             self._tick()
         return torch.cat(weights, 1)

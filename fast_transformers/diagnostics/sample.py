@@ -166,12 +166,14 @@ def instances(
     draws: int = 1,
     seed: int = 0,
     examples: Sample | None = None,
+    prepare: Callable[[Any, Sample], object] | None = None,
 ) -> Iterator[Any]:
     """The map, once for each draw of what is random in it, in evaluation mode.
 
     A factory is called for every draw; of a ready map copies are drawn anew. A map without
     randomness comes once. Maps that have statistics are calibrated on ``examples`` unless they
-    came ready. The global generator is left as it was.
+    came ready, and ``prepare`` is called with what was made. The global generator is left as it
+    was.
     """
     for draw in range(draws):
         with torch.random.fork_rng(devices=[]):
@@ -188,6 +190,8 @@ def instances(
                 if examples is not None and isinstance(made, FeatureMap):
                     made.to(examples.q.device)
                     made.calibrate(examples.q, examples.k)
+                    if prepare is not None:
+                        prepare(made, examples)
         yield made
         if not is_random(made):
             return

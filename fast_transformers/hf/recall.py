@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-KEYS, VALUES = 64, 64  # tokens 0 to 63 are keys, 64 to 127 values
+KEYS, VALUES = 32, 32  # tokens 0 to 31 are keys, 32 to 63 values
 
 
 def most_pairs(length: int) -> int:
