@@ -80,6 +80,7 @@ CATALOGUE = {
     "hedgehog, heads": Hedgehog.factory(normalize="none", heads=2, bias=False),
     "oprf": OptimalPositiveFeatures.factory(n_dims=40),
     "oprf, heads": OptimalPositiveFeatures.factory(n_dims=40, heads=2, projection="simplex"),
+    "oprf, learned": OptimalPositiveFeatures.factory(n_dims=40, learned=True),
     "sderf": DenseExponentialFeatures.factory(n_dims=40, mode="sderf"),
     "saderf": DenseExponentialFeatures.factory(n_dims=40, mode="saderf", projection="sorf"),
     "aderf": DenseExponentialFeatures.factory(n_dims=40, mode="aderf", projection="qmc"),

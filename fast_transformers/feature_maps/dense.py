@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import torch
 from torch import Generator, Tensor
 
-from .heads import leading, multiply
+from .alignment import TRANSFORMS
+from .heads import hold, leading, multiply
 from .moments import Moments, of_sum
 from .random import RandomFeatureMap
-
-FLOOR = 1e-3  # of the mean eigenvalue: smaller ones are raised to it before they are inverted
 
 
 def optimal_a(mean_square: Tensor) -> Tensor:
     """A* = (1 - 2 s - sqrt((2 s + 1)^2 + 8 s)) / 16 for s, the mean of z_l^2, z = x + y.
 
-    The minimum of the mean log second moment; 0 for s = 0, and always below 1/8.
+    The minimum of the mean log second moment; 0 for s = 0, and never above.
     """
     s = mean_square.clamp(min=0)
     return (1 - 2 * s - ((2 * s + 1).square() + 8 * s).sqrt()) / 16
@@ -33,7 +31,8 @@ class OptimalPositiveFeatures(RandomFeatureMap):
     |x' + y'|^2 over queries and keys. A = 0 is FAVOR+ with features of one sign.
 
     The mean is that of :meth:`calibrate`; before, ``sum_norm``. It is a constant of the map, so
-    no token sees another one.
+    no token sees another one. What is kept is log_rho = -log(1 - 8 A), any real number, so that
+    training cannot leave the A that are possible.
 
     Args:
         query_dimensions: E.
@@ -42,6 +41,7 @@ class OptimalPositiveFeatures(RandomFeatureMap):
         sum_norm: mean of |x' + y'|^2 to begin with; None is that of queries and keys with unit
             variance, 2 E softmax_temp.
         heads: H, for an A of each head; None for one of all heads.
+        learned: whether A is trained, one for each dimension.
         projection, redraw, deterministic_eval, generator: see :class:`RandomFeatureMap`. Being
             of one sign, these features gain most from "simplex" if norms are small.
 
@@ -52,7 +52,7 @@ class OptimalPositiveFeatures(RandomFeatureMap):
     exponential = True
     positive = True
     estimates = "softmax"
-    a: Tensor
+    log_rho: Tensor
 
     def __init__(
         self,
@@ -61,6 +61,7 @@ class OptimalPositiveFeatures(RandomFeatureMap):
         softmax_temp: float | None = None,
         sum_norm: float | None = None,
         heads: int | None = None,
+        learned: bool = False,
         projection: str = "orthogonal",
         redraw: int = 1,
         deterministic_eval: bool = True,
@@ -77,9 +78,8 @@ class OptimalPositiveFeatures(RandomFeatureMap):
         square = 2 * self.softmax_temp if sum_norm is None else sum_norm / query_dimensions
         if square < 0:
             raise ValueError(f"sum_norm is a mean of squares: it must be >= 0, got {sum_norm}")
-        self.register_buffer(
-            "a", optimal_a(torch.full((*leading(heads), query_dimensions), square))
-        )
+        squares = torch.full((*leading(heads), query_dimensions), square)
+        hold(self, "log_rho", _log_rho(optimal_a(squares)), learned)
 
     @property
     def feature_dims(self) -> int:
@@ -93,7 +93,7 @@ class OptimalPositiveFeatures(RandomFeatureMap):
     def set_moments(self, queries: Moments, keys: Moments) -> None:
         """Fit to the moments of queries and of keys."""
         mean = of_sum(*self._scaled(queries, keys)).diagonal(dim1=-2, dim2=-1).mean(-1)
-        self.a.copy_(optimal_a(mean)[..., None].expand(self.a.shape))
+        self.log_rho.copy_(_log_rho(optimal_a(mean))[..., None].expand(self.log_rho.shape))
 
     def _scaled(self, queries: Moments, keys: Moments) -> tuple[Moments, Moments]:
         factor = self.softmax_temp**0.5
@@ -115,6 +115,11 @@ class OptimalPositiveFeatures(RandomFeatureMap):
         x = self.aligned_keys(x)
         return self._directions(x) + self._offset(x)
 
+    @property
+    def a(self) -> Tensor:
+        """A of each dimension, (E) or (H, E)."""
+        return self._a(self.log_rho)
+
     def aligned_queries(self, x: Tensor) -> Tensor:
         """x' of queries, (..., E), in float32 at least."""
         return self.scaled(x)
@@ -123,14 +128,18 @@ class OptimalPositiveFeatures(RandomFeatureMap):
         """x' of keys, (..., E), in float32 at least."""
         return self.scaled(x)
 
+    def _a(self, like: Tensor) -> Tensor:
+        """A in the dtype of a tensor."""
+        return (1 - (-self.log_rho.to(like.dtype)).exp()) / 8
+
     def _directions(self, x: Tensor) -> Tensor:
         """The part of the logarithms that tells features apart."""
-        a, omega = self.a.to(x.dtype), self.omega.to(x.dtype)
+        a, omega = self._a(x), self.omega.to(x.dtype)
         return (x * (1 - 4 * a).sqrt()) @ omega + a @ omega.square()
 
     def _offset(self, x: Tensor) -> Tensor:
         """What all features have in common."""
-        a = self.a.to(x.dtype)
+        a = self._a(x)
         log_d = (1 - 4 * a).log().sum(-1, keepdim=True) / 4
         return log_d - math.log(self.n_dims) / 2 - x.square().sum(-1, keepdim=True) / 2
 
@@ -143,7 +152,7 @@ class OptimalPositiveFeatures(RandomFeatureMap):
         Theorem 3.2 of the paper, for one A; for an A of each dimension it is the same integral.
         """
         z = self.aligned_queries(x) + self.aligned_keys(y)
-        r = 1 / (1 - 8 * self.a.to(z.dtype))
+        r = self.log_rho.to(z.dtype).exp()
         terms = ((1 + r) / (2 * r.sqrt())).log() + r * z.square()
         return terms.sum(-1).expm1() / self.n_dims
 
@@ -170,6 +179,7 @@ class DenseExponentialFeatures(OptimalPositiveFeatures):
             best of the four in most cases.
         softmax_temp: factor of the dot product; None is 1/sqrt(E).
         heads: H, for a G and A of each head; None for one of all heads.
+        learned: whether A is trained, one for each dimension; G is not.
         projection, redraw, deterministic_eval, generator: see :class:`RandomFeatureMap`.
 
     Raises:
@@ -186,15 +196,16 @@ class DenseExponentialFeatures(OptimalPositiveFeatures):
         mode: str = "aligned",
         softmax_temp: float | None = None,
         heads: int | None = None,
+        learned: bool = False,
         projection: str = "orthogonal",
         redraw: int = 1,
         deterministic_eval: bool = True,
         generator: Generator | int | None = None,
     ) -> None:
-        if mode not in _TRANSFORMS:
-            raise ValueError(f"mode must be one of {', '.join(_TRANSFORMS)}, got {mode!r}")
+        if mode not in TRANSFORMS:
+            raise ValueError(f"mode must be one of {', '.join(TRANSFORMS)}, got {mode!r}")
         super().__init__(
-            query_dimensions, n_dims, softmax_temp, None, heads, projection, redraw,
+            query_dimensions, n_dims, softmax_temp, None, heads, learned, projection, redraw,
             deterministic_eval, generator,
         )  # fmt: skip
         self.mode = mode
@@ -206,7 +217,7 @@ class DenseExponentialFeatures(OptimalPositiveFeatures):
     def set_moments(self, queries: Moments, keys: Moments) -> None:
         """Fit to the moments of queries and of keys."""
         queries, keys = self._scaled(queries, keys)
-        transform, one_a = _TRANSFORMS[self.mode]
+        transform, one_a = TRANSFORMS[self.mode]
         matrix, other = transform(queries, keys)
         moments = of_sum(queries.transformed(matrix), keys.transformed(other))
         mean_square = moments.diagonal(dim1=-2, dim2=-1)
@@ -229,7 +240,7 @@ class DenseExponentialFeatures(OptimalPositiveFeatures):
     def _set(self, matrix: Tensor, other: Tensor, a: Tensor) -> None:
         self.of_queries.copy_(matrix)
         self.of_keys.copy_(other)
-        self.a.copy_(a)
+        self.log_rho.copy_(_log_rho(a))
 
     def aligned_queries(self, x: Tensor) -> Tensor:
         return multiply(self.scaled(x), self.of_queries)
@@ -238,42 +249,5 @@ class DenseExponentialFeatures(OptimalPositiveFeatures):
         return multiply(self.scaled(x), self.of_keys)
 
 
-def _rotation(queries: Moments, keys: Moments) -> tuple[Tensor, Tensor]:
-    """Eigenvectors of the second moment of the sum, for both sides."""
-    vectors = torch.linalg.eigh(of_sum(queries, keys)).eigenvectors
-    return vectors, vectors
-
-
-def _scaling(queries: Moments, keys: Moments) -> tuple[Tensor, Tensor]:
-    """A factor for each dimension that makes the second moments of both sides equal."""
-    of_queries, of_keys = (_floored(m.second.diagonal(dim1=-2, dim2=-1)) for m in (queries, keys))
-    factor = (of_keys / of_queries) ** 0.25
-    return factor.diag_embed(), (1 / factor).diag_embed()
-
-
-def _alignment(queries: Moments, keys: Moments) -> tuple[Tensor, Tensor]:
-    """G = Q1 L1^(-1/2) U S^(1/2) and G^-T = Q2 L2^(-1/2) V S^(1/2), for second moments Q L Q^T
-    and the singular values U S V^T of L1^(1/2) Q1^T Q2 L2^(1/2)."""
-    (roots1, q1), (roots2, q2) = (_eigen(m.second) for m in (queries, keys))
-    u, s, vh = torch.linalg.svd(roots1[..., None] * (q1.mT @ q2) * roots2[..., None, :])
-    root = s.sqrt()[..., None, :]
-    return (q1 / roots1[..., None, :]) @ u * root, (q2 / roots2[..., None, :]) @ vh.mT * root
-
-
-def _eigen(second: Tensor) -> tuple[Tensor, Tensor]:
-    values, vectors = torch.linalg.eigh(second)
-    return _floored(values).sqrt(), vectors
-
-
-def _floored(values: Tensor) -> Tensor:
-    least = FLOOR * values.mean(-1, keepdim=True)
-    return values.maximum(least.clamp(min=torch.finfo(values.dtype).tiny ** 0.25))
-
-
-_Transform = Callable[[Moments, Moments], tuple[Tensor, Tensor]]
-_TRANSFORMS: dict[str, tuple[_Transform, bool]] = {  # and whether all dimensions share an A
-    "sderf": (_rotation, False),
-    "saderf": (_scaling, True),
-    "aderf": (_alignment, True),
-    "aligned": (_alignment, False),
-}
+def _log_rho(a: Tensor) -> Tensor:
+    return -(1 - 8 * a).log()

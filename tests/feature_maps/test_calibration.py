@@ -72,9 +72,9 @@ def test_a_is_the_minimum_for_the_examples(mode: str) -> None:
     q, k = examples(200)
     feature_map = DenseExponentialFeatures(E, 8, mode, heads=H).double()
     feature_map.calibrate(q, k)
-    best, a = log_variance(feature_map, q, k), feature_map.a.clone()
+    best, log_rho = log_variance(feature_map, q, k), feature_map.log_rho.clone()
     for factor in (0.9, 1.1):
-        feature_map.a.copy_(a * factor)
+        feature_map.log_rho.copy_(log_rho * factor)
         assert log_variance(feature_map, q, k) > best
 
 
@@ -220,6 +220,24 @@ def divergence_with_gradients(feature_map, q: Tensor, k: Tensor) -> Tensor:
     return -(exact * weights_of(feature_map, q, k).log()).sum(-1).mean()
 
 
+def test_learned_numbers_stay_possible() -> None:
+    """Steps that are far too long leave A below 1/8."""
+    q, k = (x.float() for x in examples(30))
+    feature_map = OptimalPositiveFeatures(E, 8, heads=H, learned=True)
+    before = feature_map.log_rho.detach().clone()
+    optimizer = torch.optim.Adam(feature_map.parameters(), lr=1.0)
+    for _ in range(5):
+        optimizer.zero_grad()
+        weights_of(feature_map, q, k).square().mean().backward()
+        optimizer.step()
+    assert (feature_map.log_rho - before).abs().max() > 1
+    assert (feature_map.a < 1 / 8).all()
+    feature_map.calibrate(q, k)
+    fixed = OptimalPositiveFeatures(E, 8, heads=H)
+    fixed.calibrate(q, k)
+    torch.testing.assert_close(feature_map.log_rho.detach(), fixed.log_rho)
+
+
 def test_wrappers_calibrate_what_is_inside() -> None:
     q, k = (x.float() for x in examples(mean=0.5))
     derf = DenseExponentialFeatures.factory(8)
@@ -235,7 +253,7 @@ def test_wrappers_calibrate_what_is_inside() -> None:
         changed = {
             n.split(".")[-1] for n, x in wrapper.state_dict().items() if (x != before[n]).any()
         }
-        assert {"a", "of_queries", "of_keys"} <= changed
+        assert {"log_rho", "of_queries", "of_keys"} <= changed
 
 
 def test_what_does_not_fit_together() -> None:

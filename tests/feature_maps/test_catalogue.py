@@ -40,11 +40,13 @@ RANDOM = {
         "concat exponentials",
     ),
     *("polysketch", "polysketch, simplex", "polysketch, degree 8", "oprf", "oprf, heads"),
+    "oprf, learned",
     *("aligned", "aligned, heads", "normalized exponentials", "normalized inputs"),
     *("projected, heads", "centered", "centered aligned", "cos of exponentials"),
     "concat exponentials",
 }
 TRAINED = {
+    "oprf, learned",
     *("lln, heads", "rebased", "rebased, tied", "t2r", "t2r, heads", "hedgehog"),
     *("hedgehog, joint", "hedgehog, heads", "projected", "projected, heads", "centered taylor"),
 }

@@ -68,7 +68,7 @@ def test_optimal_features_have_the_variance_that_makes_them_optimal() -> None:
     assert best == pytest.approx(theorem, rel=1e-6)
     for factor in (0.8, 1.2):
         other = OptimalPositiveFeatures(16, 1, softmax_temp=1.0, sum_norm=2.0).double()
-        other.a.mul_(factor)
+        other.log_rho.mul_(factor)
         assert float(other.relative_variance(x, y)) > best
     assert float(optimal_a(torch.tensor(0.0))) == 0.0
     s = torch.linspace(0, 100, 50)
