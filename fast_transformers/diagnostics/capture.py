@@ -28,6 +28,11 @@ class Capture(NamedTuple):
     layers: dict[str, Sample]
     own: dict[str, Any]
 
+    def only(self, *names: str) -> Capture:
+        """Some of the layers; KeyError for a name that is not there."""
+        own = {name: self.own[name] for name in names if name in self.own}
+        return Capture({name: self.layers[name] for name in names}, own)
+
     def scale(self) -> dict[str, ScaleReport]:
         """A :func:`~fast_transformers.diagnostics.scale_report` of every layer."""
         return {name: scale_of(sample) for name, sample in self.layers.items()}

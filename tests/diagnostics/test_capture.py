@@ -56,6 +56,8 @@ def test_the_reports_of_a_capture_are_those_of_its_layers() -> None:
     assert tried.heads == 4
     assert tried["elu"].kl.shape == (4,)
     assert set(found.scale()) == set(found.layers)
+    one = found.only("layers.1.attention")
+    assert list(one.layers) == list(one.own) == ["layers.1.attention"]
 
 
 def test_nothing_stays_behind() -> None:

@@ -117,6 +117,7 @@ def test_a_run(capsys, tmp_path) -> None:
         (["nan.safetensors"], "must be finite"),
         (["."], "holds no trained model"),
         (["nowhere.safetensors", "--dims", "8"], "--dims is for synthetic inputs alone"),
+        (["--fit", "3"], "--fit is for minilm alone"),
         (["--logit-std", "nan"], "logit_std must be above 0"),
         (["--length", "99999"], "length from 2 to 1024"),
     ],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from fast_transformers.cli import main
 from fast_transformers.diagnostics.encoder import (
     encoder_report,
     minilm,
@@ -68,3 +69,13 @@ def test_the_model_is_left_as_it_was(encoder, report) -> None:
     assert model.config._attn_implementation == "sdpa"
     with torch.no_grad():
         assert model(ids[:1]).last_hidden_state.isfinite().all()
+
+
+def test_the_command(capsys, tmp_path) -> None:
+    out = tmp_path / "page"
+    flags = ["--feature-map", "t2r:n_dims=8", "--length", "16", "--fit", "2", "--draws", "1"]
+    assert main(["compare", "minilm", "--out", str(out), *flags]) == 0
+    printed = capsys.readouterr().out
+    assert "72 heads" in (out / "index.html").read_text()
+    for name in ("exact softmax", "uniform", "t2r:n_dims=8"):
+        assert f"\n{name}" in printed
