@@ -39,7 +39,8 @@ def compare(args: argparse.Namespace) -> int:
     else:
         if args.fit:
             raise ValueError("--fit is for minilm alone")
-        _needs("matplotlib")
+        for name in ("matplotlib", "tqdm"):
+            _needs(name)
         comparison = Comparison(_source(args), specs or DEFAULT, args.draws or 3, args.error)
         title = comparison.source.title
         with progress(comparison.steps) as tick:
