@@ -91,6 +91,7 @@ CATALOGUE = {
     "normalized inputs": Normalized.factory(RandomFourierFeatures, of="inputs"),
     "projected": Projected.factory(TaylorFeatureMap, 5),
     "projected, heads": Projected.factory(Favor.factory(n_dims=32), 5, heads=2),
+    "projected, of a user's": Projected.factory(Asymmetric, 5),
     "concat": Concat.factory([elu_feature_map, DPFP], [0.3, 0.7]),
     "concat exponentials": Concat.factory([Favor.factory(n_dims=32), OptimalPositiveFeatures]),
     "centered": Centered.factory(Favor.factory(n_dims=32)),

@@ -52,8 +52,8 @@ class FeatureMap(nn.Module):
             cross it.
         causal_safe: whether features of a token depend on nothing but that token and what the
             map has learned, drawn, or was calibrated with; all maps here are.
-        heads: number of heads that the map tells apart, for inputs (..., H, E); None if it treats
-            all alike.
+        heads: number of heads that the map tells apart, for inputs (..., H, E) of any floating
+            dtype; None if it treats all alike.
         positional: whether the map must be told positions, see :meth:`add_positions`.
         estimates: "softmax" for a map that stands for exp(softmax_temp x.y), and has that
             ``softmax_temp``; "gaussian" for exp(-softmax_temp |x - y|^2 / 2); else "".

@@ -24,6 +24,10 @@ class Centered(Wrapper):
     the same; with a and b at the means of queries and keys the vectors that the inner map sees
     are smaller, and so are the variances of random features and the error of a Taylor series.
 
+    The factor that cancels is part of features that are exponentials, which attention sees as
+    logarithms. Of others, such as those of a Taylor series, and of their kernel, it is left out:
+    it could make a denominator overflow, or as small as the ``eps`` that is added to it.
+
     a and b are 0 at first. :meth:`calibrate` sets them to the means of examples (and calibrates
     the inner map on the centred ones); ``learned`` trains them from there; or write to them. Never
     do they follow the tokens of a call, so causal attention may use them.
@@ -80,7 +84,7 @@ class Centered(Wrapper):
         heads = self.heads if self.of_queries.ndim == 2 else None
         self.of_queries.copy_(Moments.of(queries, heads).mean)
         self.of_keys.copy_(Moments.of(keys, heads).mean)
-        self.inner.calibrate(self._minus(queries, self.of_queries), self._keys(keys)[0])
+        self.inner.calibrate(self._queries(queries)[0], self._keys(keys)[0])
 
     def _minus(self, x: Tensor, center: Tensor) -> Tensor:
         if center.ndim == 2:
@@ -89,16 +93,18 @@ class Centered(Wrapper):
         return x - center.to(x.dtype)
 
     def _queries(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """q - a, and the logarithm t q.b of what cancels."""
+        """q - a, and the logarithm t q.b of what cancels, or 0 where that is left out."""
         shifted = self._minus(x, self.of_queries)
         b = self.of_keys.to(shifted.dtype)
-        return shifted, self.softmax_temp * (widen(x) * b).sum(-1, keepdim=True)
+        temp = self.softmax_temp if self.exponential else 0.0
+        return self._handed(shifted, x), temp * (widen(x) * b).sum(-1, keepdim=True)
 
     def _keys(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """k - b, and the logarithm t a.(k - b) of the weight of the key."""
         shifted = self._minus(x, self.of_keys)
         a = self.of_queries.to(shifted.dtype)
-        return shifted, self.softmax_temp * (shifted * a).sum(-1, keepdim=True)
+        log_weight = self.softmax_temp * (shifted * a).sum(-1, keepdim=True)
+        return self._handed(shifted, x), log_weight
 
     def forward_queries(self, x: Tensor) -> Tensor:
         shifted, log_weight = self._queries(x)
@@ -109,7 +115,7 @@ class Centered(Wrapper):
         return (self.inner.forward_keys(shifted) * log_weight.exp()).to(x.dtype)
 
     def log_queries(self, x: Tensor) -> Tensor:
-        return self.inner.log_queries(self._minus(x, self.of_queries))
+        return self.inner.log_queries(self._queries(x)[0])
 
     def query_offset(self, x: Tensor) -> Tensor:
         shifted, log_weight = self._queries(x)

@@ -57,25 +57,31 @@ class Projected(Wrapper):
 
     @torch.no_grad()
     def calibrate(self, queries: Tensor, keys: Tensor) -> None:
-        super().calibrate(self.linear.of_queries(widen(queries)), self.linear.of_keys(widen(keys)))
+        super().calibrate(self._queries(queries), self._keys(keys))
+
+    def _queries(self, x: Tensor) -> Tensor:
+        return self._handed(self.linear.of_queries(widen(x)), x)
+
+    def _keys(self, x: Tensor) -> Tensor:
+        return self._handed(self.linear.of_keys(widen(x)), x)
 
     def forward_queries(self, x: Tensor) -> Tensor:
-        return self.inner.forward_queries(self.linear.of_queries(widen(x))).to(x.dtype)
+        return self.inner.forward_queries(self._queries(x)).to(x.dtype)
 
     def forward_keys(self, x: Tensor) -> Tensor:
-        return self.inner.forward_keys(self.linear.of_keys(widen(x))).to(x.dtype)
+        return self.inner.forward_keys(self._keys(x)).to(x.dtype)
 
     def log_queries(self, x: Tensor) -> Tensor:
-        return self.inner.log_queries(self.linear.of_queries(widen(x)))
+        return self.inner.log_queries(self._queries(x))
 
     def log_keys(self, x: Tensor) -> Tensor:
-        return self.inner.log_keys(self.linear.of_keys(widen(x)))
+        return self.inner.log_keys(self._keys(x))
 
     def query_offset(self, x: Tensor) -> Tensor | float:
-        return self.inner.query_offset(self.linear.of_queries(widen(x)))
+        return self.inner.query_offset(self._queries(x))
 
     def kernel(self, x: Tensor, y: Tensor) -> Tensor:
-        return self.inner.kernel(self.linear.of_queries(x), self.linear.of_keys(y))
+        return self.inner.kernel(self._queries(x), self._keys(y))
 
     def relative_variance(self, x: Tensor, y: Tensor) -> Tensor:
-        return self.inner.relative_variance(self.linear.of_queries(x), self.linear.of_keys(y))
+        return self.inner.relative_variance(self._queries(x), self._keys(y))

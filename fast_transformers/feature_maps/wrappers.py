@@ -67,6 +67,12 @@ class Wrapper(FeatureMap):
         """The map inside, if there is one only; else the first."""
         return self.maps[0]
 
+    def _handed(self, x: Tensor, given: Tensor) -> Tensor:
+        """x, computed in float32 at least, as the inner map takes it: in the dtype of what was
+        ``given``, if the map may have weights that want no other."""
+        takes_any = self.inner.any_input or self.inner.heads is not None
+        return x if takes_any else x.to(given.dtype)
+
     def new_feature_map(self, device: torch.device | None = None) -> None:
         for inner in self.maps:
             draw(inner, torch.device("cpu") if device is None else device)

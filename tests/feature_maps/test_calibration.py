@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from fast_transformers import ops
 from fast_transformers.feature_maps import (
     Centered,
     Concat,
@@ -19,6 +20,7 @@ from fast_transformers.feature_maps import (
     RandomFourierFeatures,
     TaylorFeatureMap,
     elu_feature_map,
+    features_of,
 )
 from tests.support import plain_softmax
 
@@ -164,6 +166,20 @@ def test_centring_changes_no_weight_of_the_softmax_kernel(heads: int | None) -> 
     feature_map.calibrate(q, k)
     assert feature_map.of_queries.abs().max() > 0.1
     torch.testing.assert_close(feature_map.kernel(q, k), ((q * k).sum(-1) / 4).exp())
+
+
+def test_centring_leaves_no_denominator_to_eps() -> None:
+    """Means so large that the factor of a query, which cancels, would be e^-60."""
+    q, k = examples(30)
+    q, k = 0.3 * q + 4, 0.3 * k - 4
+    feature_map = Centered(E, TaylorFeatureMap).double()
+    feature_map.calibrate(q, k)
+    assert (q * feature_map.of_keys).sum(-1).max() / 4 < -50
+    v = torch.randn(1, 30, H, 5, dtype=torch.float64)
+    features = features_of(feature_map)
+    found = ops.linear_attention(q, k, v, features).values
+    exact = ops.linear_attention(q, k, v, features, eps=0.0).values
+    torch.testing.assert_close(found, exact, rtol=1e-4, atol=1e-6)
 
 
 def weights_of(feature_map, q: Tensor, k: Tensor) -> Tensor:
