@@ -1,4 +1,4 @@
-"""The command line: ``fast-transformers train``, ``generate`` and ``info``.
+"""The command line: ``fast-transformers train``, ``generate``, ``compare`` and ``info``.
 
 A mistake of the user's is one line on stderr and exit status 2; Ctrl-C is 130.
 """
@@ -70,6 +70,7 @@ def make_parser() -> Parser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_train(commands.add_parser("train", help="train a model"))
     _add_generate(commands.add_parser("generate", help="generate with a trained model"))
+    _add_compare(commands.add_parser("compare", help="compare feature maps with softmax"))
     _add_info(commands.add_parser("info", help="versions, devices, and which code would run"))
     return parser
 
@@ -78,7 +79,8 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add(
         "--data",
-        help="digits (the default), copy, python (its standard library), or a file or folder",
+        help="digits (the default), copy, mqar (associative recall), python (its standard "
+        "library), or a file or folder",
     )
     add("--out", type=Path, metavar="RUN", help="folder of the run, default runs/DATA")
     add("--attention", help="default causal-linear; full is the softmax attention")
@@ -90,7 +92,7 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
     add("--heads", type=int)
     add("--dim", type=int, help="dimensions of a token")
     add("--feed-forward", type=int, help="dimensions inside the feed-forward network")
-    add("--length", type=int, help="longest sequence of the copying task, or bytes in a window")
+    add("--length", type=int, help="longest sequence of copy and mqar, or bytes in a window")
     add("--dropout", type=float)
     add("--weight-decay", type=float)
     add(
@@ -109,19 +111,59 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
 def _add_generate(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("model", type=Path, metavar="RUN", help="folder of a run")
-    add("--n", type=int, help="images or copies, default 10")
+    add("--n", type=int, help="images, copies or values, default 10")
     add("--class", dest="digit", metavar="DIGIT", help="0 to 9, or all in turn (the default)")
     add("--complete", action="store_true", help="draw the lower half of held-out digits")
     add("--prompt", help="text to continue")
     add("--prompt-file", type=Path, help="file with the text to continue")
-    add("--length", type=int, help="bytes to write, or symbols to copy")
-    add("--temperature", type=float, help="0 takes the likeliest; default 1, for copies 0")
+    add("--length", type=int, help="bytes to write, symbols to copy, or pairs to recall from")
+    add(
+        "--temperature",
+        type=float,
+        help="0 takes the likeliest; default 1, for copies and values 0",
+    )
     add("--top-p", type=float, default=1.0)
     add("--seed", type=int, default=0)
     add("--out", type=Path, metavar="FILE", help="a PNG for digits, else text")
     add("--no-cache", action="store_true", help="recompute the sequence for every token")
     add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
     parser.set_defaults(run=generate)
+
+
+def _add_compare(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add(
+        "source",
+        nargs="?",
+        default="synthetic",
+        metavar="SOURCE",
+        help="synthetic (the default), the folder of a run, a safetensors file with q and k "
+        "(N, L, H, E), or minilm, a pretrained encoder",
+    )
+    add(
+        "--feature-map",
+        metavar="SPEC",
+        action="append",
+        help="NAME[:key=value,...], as often as you like; default is a selection",
+    )
+    add(
+        "--out", type=Path, metavar="FOLDER", help="for the pictures and the page, default compare"
+    )
+    add("--draws", type=_positive, help="of each random map, default 3")
+    add("--error", type=float, default=0.3, help="relative error that is good enough, default 0.3")
+    add(
+        "--fit",
+        type=_positive,
+        default=0,
+        metavar="STEPS",
+        help="minilm: fit trained maps by so many steps on other texts first",
+    )
+    add("--dims", type=_positive, help="dimensions of synthetic inputs, default 64")
+    add("--length", type=_positive, help="tokens, of synthetic inputs and of texts; default 256")
+    add("--heads", type=_positive, help="heads of synthetic inputs, default 2")
+    add("--logit-std", type=float, help="spread of synthetic logits, default 1")
+    add("--seed", type=int, help="of synthetic inputs, default 0")
+    parser.set_defaults(run=compare)
 
 
 def _add_info(parser: argparse.ArgumentParser) -> None:
@@ -131,6 +173,12 @@ def _add_info(parser: argparse.ArgumentParser) -> None:
     add("--attention", help="say whether this attention is available")
     add("--feature-map", metavar="SPEC", help="say what comes out of this feature map")
     parser.set_defaults(run=info)
+
+
+def _positive(text: str) -> int:
+    if not text.isascii() or not text.isdigit() or not 1 <= int(text[:10]) < 10**6:
+        raise argparse.ArgumentTypeError(f"expected a whole number from 1 to 999999, got {text!r}")
+    return int(text)
 
 
 def _shape(text: str) -> tuple[int, ...]:
@@ -179,6 +227,13 @@ def generate(args: argparse.Namespace) -> int:
     from .hf.commands import generate_from
 
     return generate_from(args)
+
+
+def compare(args: argparse.Namespace) -> int:
+    """The command ``compare``."""
+    from .compare import compare as compare_maps
+
+    return compare_maps(args)
 
 
 def info(args: argparse.Namespace) -> int:

@@ -25,6 +25,7 @@ def models(tmp_path_factory):
     (folder / "text.txt").write_text("Größe: naïve 字\n" * 100)
     train(make_recipe("digits", batch_size=60, **TINY), folder / "digits")
     train(make_recipe("copy", length=9, batch_size=400, **TINY), folder / "copy")
+    train(make_recipe("mqar", length=16, batch_size=400, **TINY), folder / "mqar")
     text = make_recipe(str(folder / "text.txt"), length=32, **TINY)
     train(text, folder / "bytes")
     train(replace(text, rotary=False), folder / "positions")
@@ -99,6 +100,20 @@ def test_complete_digits(capsys, models):
     assert status == 0, err
     with Image.open("digits.png") as image:
         assert image.size == (12 * (10 * 9 + 1), 12 * (4 * 9 + 1))
+
+
+def test_recall_values(capsys, models):
+    status, out, err = run(capsys, "generate", models / "mqar", "--n", 3, "--length", 2)
+    assert status == 0, err
+    *answers, summary = out.splitlines()
+    assert len(answers) == 3
+    for line in answers:
+        assert re.fullmatch(r"\d+:\d+ \d+:\d+  \d+\? \d+  (right|wrong)", line)
+        stored, question, verdict = line.split("  ")
+        key, answer = question.split("? ")
+        assert 32 <= int(answer) < 64
+        assert (dict(p.split(":") for p in stored.split())[key] == answer) == (verdict == "right")
+    assert re.match(r"[\d.]+% of 3 values right; ", summary)
 
 
 def test_copies(capsys, models):
@@ -210,6 +225,8 @@ def test_refuses(capsys, args, text):
         ("digits", ["--out", "."], "is a folder"),
         ("digits", ["--out", "no/where.png"], "no such folder"),
         ("copy", ["--length", "5"], "from 1 to 4"),
+        ("mqar", ["--length", "5"], "recalls from 1 to 4"),
+        ("mqar", ["--prompt", "x"], "no meaning"),
         ("copy", ["--complete"], "no meaning"),
         ("positions", ["--length", "33"], "33 positions"),
         ("bytes", ["--length", "0"], "--length must be"),

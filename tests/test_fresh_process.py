@@ -11,6 +11,7 @@ CORE = [
     "attention",
     "builders",
     "causal_product",
+    "diagnostics",
     "feature_maps",
     "masking",
     "ops",

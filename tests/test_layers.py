@@ -26,8 +26,10 @@ ORDER = [
     "builders",
     "utils",
     "weight_mapper",
+    "diagnostics",
     "hf",
     "info",
+    "compare",
     "cli",
     "__main__",
 ]

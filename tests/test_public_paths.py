@@ -42,6 +42,11 @@ PATHS = {
         "RecurrentDecoderBuilder"
     ),
     "fast_transformers.causal_product": "CausalDotProduct causal_dot_product",
+    "fast_transformers.diagnostics": (
+        "attention_map attention_report kernel_report scale_report suggest capture capacity fit "
+        "AttentionReport Capture CapacityReport KernelReport Measures Sample ScaleReport "
+        "Suggestion make_sample"
+    ),
     "fast_transformers.events": (
         "Event AttentionEvent QKVEvent IntermediateOutput EventDispatcher"
     ),

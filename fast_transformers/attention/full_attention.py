@@ -75,7 +75,7 @@ class FullAttention(SoftmaxAttention):
         square = q.shape[2] == k.shape[2]
         if mask is not None and padding is None and square and is_causal(mask, q.shape[2]):
             return self._attend(q, k, v, None, causal=True)
-        return self._attend(q, k, v, _keep(mask, padding, q, k))
+        return self._attend(q, k, v, kept(mask, padding, q, k))
 
     def remember(self, keys: Tensor, values: Tensor, key_lengths: Any) -> Memory:
         """The state of a memory (N, S, H, E), (N, S, H, M), for queries that come later."""
@@ -145,7 +145,7 @@ def is_causal(mask: BaseMask, length: int) -> bool:
     return isinstance(mask, TriangularCausalMask) and mask.max_len == length
 
 
-def _keep(mask: BaseMask | None, padding: Tensor | None, q: Tensor, k: Tensor) -> Tensor | None:
+def kept(mask: BaseMask | None, padding: Tensor | None, q: Tensor, k: Tensor) -> Tensor | None:
     """Both masks as one bool tensor that broadcasts to (N, H, L, S), or None."""
     keep = None if padding is None else padding[:, None, None, :]
     if mask is None or mask.known_all_ones:

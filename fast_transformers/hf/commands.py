@@ -20,6 +20,7 @@ from .generation import (
     continue_text,
     copy_symbols,
     draw_digits,
+    recall_values,
 )
 from .images import draw_images
 from .modeling import FastTransformerForCausalLM
@@ -30,6 +31,7 @@ DEFAULT_BYTES = 256
 FLAGS = {  # that only some kinds of models have a use for
     "digits": ("n", "digit", "complete"),
     "copy": ("n", "length"),
+    "mqar": ("n", "length"),
     "bytes": ("prompt", "prompt_file", "length"),
 }
 
@@ -53,9 +55,10 @@ def generate_from(args: argparse.Namespace) -> int:
         raise ValueError(f"--n must be from 1 to 10000, got {args.n}")
     temperature = args.temperature
     if temperature is None:
-        temperature = 0.0 if kind == "copy" else 1.0
+        temperature = 0.0 if kind in ("copy", "mqar") else 1.0
     sampling = Sampling(temperature, args.top_p, args.seed, not args.no_cache)
-    return {"digits": _digits, "copy": _copies, "bytes": _text}[kind](args, model, sampling)
+    run = {"digits": _digits, "copy": _copies, "mqar": _recalls, "bytes": _text}[kind]
+    return run(args, model, sampling)
 
 
 def _digits(
@@ -94,6 +97,25 @@ def _copies(
         f"{right.float().mean():.1%} of symbols right, {int(right.all(1).sum())} of {n} "
         f"copies; {generated.speed}"
     )
+    return 0
+
+
+def _recalls(
+    args: argparse.Namespace, model: FastTransformerForCausalLM, sampling: Sampling
+) -> int:
+    n = args.n or 10
+    pairs = (model.config.task or {})["most"] if args.length is None else args.length
+    tokens, generated = recall_values(model, n, pairs, sampling)
+    right = tokens[:, -1] == generated.tokens[:, 0]
+    with _output(args.out) as out:
+        for row, answer in zip(
+            tokens[:10].tolist(), generated.tokens[:10, 0].tolist(), strict=True
+        ):
+            *given, key, value = row
+            stored = " ".join(f"{k}:{v}" for k, v in zip(given[::2], given[1::2], strict=True))
+            verdict = "right" if value == answer else "wrong"
+            out.write(f"{stored}  {key}? {answer}  {verdict}\n")
+    print(f"{right.float().mean():.1%} of {n} values right; {generated.speed}")
     return 0
 
 

@@ -1,4 +1,4 @@
-"""The data that models can be trained on: scanned digits, a copying task, and any files.
+"""The data that models can be trained on: digits, copying, associative recall, and any files.
 
 A task's ``description`` goes into the model's configuration. It holds all that is needed to write
 prompts for the model and to read what it generates.
@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from .files import read_bytes
+from .recall import KEYS, VALUES, draw_recalls, most_pairs
 
 IGNORED = -100  # label of a token that is not predicted
 
@@ -28,6 +29,7 @@ BYTES, START = 256, 256  # tokens of text
 NEVER = {  # tokens that are never generated, by kind of task
     "digits": tuple(range(LEVELS, LEVELS + CLASSES)),
     "copy": (SEPARATOR, PADDING),
+    "mqar": tuple(range(KEYS)),
     "bytes": (START,),
 }
 
@@ -73,7 +75,7 @@ class Task:
         held_out: sequences to measure with, the same for every seed.
         vocab_size: number of tokens.
         length: tokens in a sequence.
-        unit: what bits are counted for: "pixel", "symbol" or "byte".
+        unit: what bits are counted for: "pixel", "symbol", "value" or "byte".
         description: what a model needs to know of the task, as JSON types.
         special: ids for the model's configuration (``bos_token_id``, ``pad_token_id``).
     """
@@ -91,10 +93,10 @@ def make_task(data: str, *, length: int | None = None, seed: int = 0) -> Task:
     """The task that a name or a path stands for.
 
     Args:
-        data: "digits", "copy", "python" (the source of the running interpreter's standard
-            library), or the path of a file or folder.
-        length: longest sequence of the copying task (default 32 tokens), or bytes in a window
-            of a text (default 256).
+        data: "digits", "copy", "mqar" (associative recall), "python" (the source of the running
+            interpreter's standard library), or the path of a file or folder.
+        length: longest sequence of the copying task (default 32 tokens) and of associative
+            recall (default 32, 8 pairs), or bytes in a window of a text (default 256).
         seed: of everything that is drawn for training.
 
     Raises:
@@ -107,6 +109,8 @@ def make_task(data: str, *, length: int | None = None, seed: int = 0) -> Task:
         return digits_task(seed)
     if data == "copy":
         return copy_task(32 if length is None else length, seed)
+    if data == "mqar":
+        return recall_task(32 if length is None else length, seed)
     return bytes_task(data, 256 if length is None else length, seed)
 
 
@@ -199,6 +203,25 @@ def _draw_copies(n: int, most: int, generator: torch.Generator) -> tuple[Tensor,
     return tokens, tokens.masked_fill(~counted, IGNORED)
 
 
+def recall_task(length: int, seed: int = 0) -> Task:
+    """Multi-query associative recall, see :mod:`.recall`; only the answers count."""
+    pairs = most_pairs(length)
+
+    def draw(n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        tokens, asked = draw_recalls(n, pairs, generator)
+        return tokens, tokens.masked_fill(~asked, IGNORED)
+
+    held_out = draw(256, torch.Generator().manual_seed(0))
+    return Task(
+        train=Sequences(lambda generator: draw(3200, generator), seed + 1),
+        held_out=Sequences(lambda _: held_out),
+        vocab_size=KEYS + VALUES,
+        length=4 * pairs,
+        unit="value",
+        description={"kind": "mqar", "keys": KEYS, "values": VALUES, "most": pairs},
+    )
+
+
 def bytes_task(data: str, length: int, seed: int = 0) -> Task:
     """Windows of files, byte by byte: [start, b1, ..., b_length].
 
@@ -254,12 +277,18 @@ def check_description(task: Mapping[str, Any], vocab_size: int) -> str:
     expected = {
         "digits": {"levels": LEVELS, "classes": CLASSES, "side": SIDE},
         "copy": {"symbols": SYMBOLS},
+        "mqar": {"keys": KEYS, "values": VALUES},
         "bytes": {},
     }
-    vocabularies = {"digits": LEVELS + CLASSES, "copy": SYMBOLS + 2, "bytes": BYTES + 1}
+    vocabularies = {
+        "digits": LEVELS + CLASSES,
+        "copy": SYMBOLS + 2,
+        "mqar": KEYS + VALUES,
+        "bytes": BYTES + 1,
+    }
     kind = task.get("kind")
     if not isinstance(kind, str) or kind not in expected:
-        raise ValueError(f"the model's task must be digits, copy or bytes, got {kind!r}")
+        raise ValueError(f"the model's task must be {', '.join(expected)}, got {kind!r}")
     fits = all(task.get(name) == value for name, value in expected[kind].items())
     most = task.get("most", 1)
     if not fits or vocabularies[kind] != vocab_size or not isinstance(most, int) or most < 1:

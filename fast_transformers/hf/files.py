@@ -36,7 +36,7 @@ def read_bytes(data: str, most: int = MOST_BYTES) -> bytes:
         raise ValueError(f"data {data}: neither a file nor a folder; name one with text")
     else:
         raise FileNotFoundError(
-            f"data {data}: no such file or folder; data is digits, copy, python or a path"
+            f"data {data}: no such file or folder; data is digits, copy, mqar, python or a path"
         )
     content = bytearray()
     try:

@@ -1,4 +1,4 @@
-"""Generate with a trained model: digits, completed digits, copies and text."""
+"""Generate with a trained model: digits, completed digits, copies, recalled values, text."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from .data import LEVELS, SEPARATOR, SIDE, START, SYMBOLS, digit_sequences, load_digits
 from .modeling import FastTransformerForCausalLM
+from .recall import draw_recalls
 
 PIXELS = SIDE * SIDE
 
@@ -135,6 +136,25 @@ def copy_symbols(
     symbols = torch.randint(0, SYMBOLS, (n, length), generator=generator)
     prompts = torch.cat([symbols, torch.full((n, 1), SEPARATOR)], 1)
     return symbols, generate(model, prompts, length, sampling)
+
+
+def recall_values(
+    model: FastTransformerForCausalLM, n: int, pairs: int, sampling: Sampling
+) -> tuple[Tensor, Generated]:
+    """Random pairs and one of their keys (n, 2 pairs + 1), and the model's value for it.
+
+    Returns:
+        The whole sequences (n, 2 pairs + 2), with the right value at the end, and the answers.
+
+    Raises:
+        ValueError: for more pairs than the model was trained with.
+    """
+    most = (model.config.task or {})["most"]
+    if not 1 <= pairs <= most:
+        raise ValueError(f"the model recalls from 1 to {most} pairs, got {pairs}")
+    generator = torch.Generator().manual_seed(sampling.seed)
+    tokens = draw_recalls(n, pairs, generator)[0][:, : 2 * pairs + 2]
+    return tokens, generate(model, tokens[:, :-1], 1, sampling)
 
 
 def continue_text(

@@ -125,6 +125,14 @@ class Recipe:
 DEFAULTS: dict[str, dict[str, Any]] = {
     "digits": {"epochs": 12, "lr": 4e-3},
     "copy": {"epochs": 12, "batch_size": 32, "lr": 4e-3},
+    "mqar": {
+        "epochs": 12,
+        "batch_size": 64,
+        "lr": 2e-3,
+        "layers": 2,
+        "heads": 2,
+        "norm_first": True,
+    },
     "bytes": {"epochs": 5, "lr": 4e-3, "feed_forward": 384, "rotary": True},
 }
 OPTIONS = tuple(f.name for f in fields(Recipe))

@@ -47,7 +47,7 @@ def test_shifts_move_whole_images():
     assert torch.equal(kept, images.view(200, 64))
 
 
-@pytest.mark.parametrize("data", ["digits", "copy", "text"])
+@pytest.mark.parametrize("data", ["digits", "copy", "mqar", "text"])
 def test_epochs_depend_on_seed_and_number_alone(data, tmp_path):
     if data == "text":
         data = str(tmp_path / "text")
@@ -119,6 +119,26 @@ def test_files_are_sorted_capped_and_links_left_alone(tmp_path):
     assert read_bytes(str(folder), most=4) == b"onet"
 
 
+def test_associative_recall():
+    task = make_task("mqar", length=34)
+    tokens, labels = task.held_out.tokens, task.held_out.labels
+    assert tokens.shape == (256, task.length) == (256, 32)
+    keys, values = tokens[:, :16:2], tokens[:, 1:16:2]
+    assert keys.max() < 32 <= values.min()
+    assert values.max() < 64 == task.vocab_size
+    assert (keys.sort(1).values.diff(dim=1) > 0).all()  # no key twice
+    asked, answers = tokens[:, 16::2], tokens[:, 17::2]
+    assert torch.equal(asked.sort(1).values, keys.sort(1).values)
+    place = (keys[:, None] == asked[:, :, None]).long().argmax(2)
+    assert torch.equal(values.gather(1, place), answers)
+    assert (labels[:, :16] == IGNORED).all()
+    assert (labels[:, 16::2] == IGNORED).all()
+    assert torch.equal(labels[:, 17::2], answers)
+    assert (place != torch.arange(8)).any()  # the order is another one
+    assert not torch.isin(torch.tensor(NEVER["mqar"]), answers).any()
+    assert check_description(task.description, 64) == "mqar"
+
+
 @pytest.mark.parametrize(
     ("data", "length", "text"),
     [
@@ -131,6 +151,8 @@ def test_files_are_sorted_capped_and_links_left_alone(tmp_path):
         ("bad\0path", None, "NUL"),
         ("digits", 10, "leave the length out"),
         ("copy", 2, "length from 3"),
+        ("mqar", 3, "length from 4 to 128"),
+        ("mqar", 129, "length from 4 to 128"),
         ("copy", 10**9, "length from 3"),
     ],
 )

@@ -1,0 +1,76 @@
+"""Fitting the trained part of a map to softmax attention."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fast_transformers.diagnostics import attention_report, fit, make_sample
+from fast_transformers.diagnostics.fit import cross_entropy
+from fast_transformers.diagnostics.measures import exact, measure
+from fast_transformers.diagnostics.weights import linear_weights, logits_of, softmax_weights
+from fast_transformers.masking import TriangularCausalMask
+from fast_transformers.specs import parse_feature_map
+
+
+def real_like(seed):
+    """Queries and keys with means and a few large directions, as trained models have them."""
+    generator = torch.Generator().manual_seed(0)
+    scale = torch.linspace(2.0, 0.1, 16)
+    means = torch.randn(2, 16, generator=generator)
+    generator.manual_seed(seed)
+    x = torch.randn(2, 4, 48, 1, 16, generator=generator) * scale
+    return x[0] + means[0], x[1] + means[1]
+
+
+@pytest.mark.parametrize("spec", ["t2r:n_dims=64", "hedgehog:normalize=none", "hedgehog"])
+def test_the_loss_is_the_divergence_of_the_report(spec) -> None:
+    q, k = real_like(1)
+    feature_map = parse_feature_map(spec)(16)
+    sample = make_sample(q, k, attn_mask=TriangularCausalMask(48))
+    p = softmax_weights(sample)
+    found = measure(
+        linear_weights(feature_map, sample, eps=0),
+        exact(p, logits_of(sample), sample.shown(), None),
+    )
+    entropy = -torch.xlogy(p, p).sum(-1).mean()
+    loss = cross_entropy(feature_map, sample).detach()
+    assert float(loss) == pytest.approx(float(found.kl + entropy), rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("spec", "factor"),
+    [
+        ("t2r:n_dims=64", 0.9),
+        ("hedgehog", 0.7),
+        ("centered:inner='derf:n_dims=64', learned=True", 0.98),
+    ],
+)
+def test_a_fitted_map_is_better_on_other_examples(spec, factor) -> None:
+    (q, k), other = real_like(1), real_like(2)
+    torch.manual_seed(0)
+    feature_map = parse_feature_map(spec)(16)
+    feature_map.calibrate(q, k)
+    before = attention_report({"map": feature_map}, *other, draws=1)["map"].kl
+    omega = [b.clone() for n, b in feature_map.named_buffers() if n.endswith("omega")]
+    state = torch.get_rng_state()
+    assert fit(feature_map, q, k, steps=100) is feature_map
+    after = attention_report({"map": feature_map}, *other, draws=1)["map"].kl
+    assert float(after) < factor * float(before)
+    assert not feature_map.training
+    now = [b for n, b in feature_map.named_buffers() if n.endswith("omega")]
+    assert all(torch.equal(a, b) for a, b in zip(omega, now, strict=True))
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_maps_without_parameters_stay() -> None:
+    feature_map = parse_feature_map("favor")(16)
+    before = {name: x.clone() for name, x in feature_map.state_dict().items()}
+    fit(feature_map, *real_like(1))
+    assert all(torch.equal(x, before[name]) for name, x in feature_map.state_dict().items())
+
+
+def test_steps() -> None:
+    feature_map = parse_feature_map("t2r")(16)
+    with pytest.raises(ValueError, match="steps must be at least 0"):
+        fit(feature_map, *real_like(1), steps=-1)
