@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..feature_maps import FeatureMap
-from .attention_report import SOFTMAX, UNIFORM, AttentionReport
+from .attention_report import SOFTMAX, UNIFORM, AttentionReport, AttentionRow
 from .capture import Capture, capture
 from .fit import fit_to
 from .sample import MapLike, MapsLike, Sample, instances, named
@@ -164,26 +164,27 @@ def encoder_report(
     for name, source in maps.items():
         cosines[name] = embed.cosines(_Replacement(source, examples, seed, prepare, tick))
     uniform = report[UNIFORM].kl
-    rows = []
-    for name, features, measures in report.rows:
-        cosine = cosines[name]
-        rows.append(
-            EncoderRow(
-                name=name,
-                features=features,
-                kl=_median(measures.kl),
-                mean_kl=float(measures.kl.mean()),
-                of_uniform=_median(measures.kl / uniform),
-                better=float((measures.kl < uniform).double().mean()),
-                frobenius=_median(measures.frobenius),
-                top1=_median(measures.top1),
-                rank_correlation=_median(measures.rank_correlation),
-                cosine=float(cosine.mean()),
-                least=float(cosine.min()),
-            )
-        )
+    rows = [_row(row, uniform, cosines[row.name]) for row in report.rows]
     sizes = (len(measured), len(calibration), measured.shape[1])
     return EncoderReport(tuple(rows), report, *sizes, draws)
+
+
+def _row(row: AttentionRow, uniform: Tensor, cosine: Tensor) -> EncoderRow:
+    """Medians of the measures of all heads, and the cosines of the texts."""
+    found = row.measures
+    return EncoderRow(
+        name=row.name,
+        features=row.features,
+        kl=_median(found.kl),
+        mean_kl=float(found.kl.mean()),
+        of_uniform=_median(found.kl / uniform),
+        better=float((found.kl < uniform).double().mean()),
+        frobenius=_median(found.frobenius),
+        top1=_median(found.top1),
+        rank_correlation=_median(found.rank_correlation),
+        cosine=float(cosine.mean()),
+        least=float(cosine.min()),
+    )
 
 
 def _fit(made: Any, examples: Sample, steps: int) -> None:
