@@ -15,6 +15,7 @@ from .configuration import FastTransformerConfig
 class FastTransformerModel(EmbeddingModel):
     """Token and position embeddings, and an encoder; causal if ``config.causal`` is set.
 
+    >>> import torch
     >>> config = FastTransformerConfig(n_layers=1, d_model=32, attention="linear", causal=False)
     >>> FastTransformerModel(config)(torch.tensor([[1, 2, 3]])).last_hidden_state.shape
     torch.Size([1, 3, 32])
