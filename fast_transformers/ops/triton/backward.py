@@ -16,7 +16,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .forward import anchor_of, first_far, is_theirs
+from .forward import anchor_of, first_far, is_theirs, place, values_of
 from .maps import (
     encode,
     load_given,
@@ -29,7 +29,7 @@ from .maps import (
     slope,
     store_rows,
 )
-from .sums import INFINITY, is_kept, load_number, load_sums, locate
+from .sums import INFINITY, is_kept, load_number, load_sums
 
 
 @triton.jit
@@ -81,15 +81,9 @@ def differentiate_queries(
     CHUNK: tl.constexpr, EXPONENTIAL: tl.constexpr, CAUSAL: tl.constexpr, FLAGGED: tl.constexpr,
 ):  # fmt: skip
     """As ``forward.attend``, with all value dimensions; delta is stored for what comes after."""
-    pid = tl.program_id(0).to(tl.int64)
-    h, key_heads = pid % heads, heads // GROUPS
-    of_key = h // GROUPS
-    batch, sequence, start, end, begin, stop, chunk = locate(
-        table, pid // heads, parts, C, length, CHUNK
+    h, of_key, batch, start, end, begin, stop, index = place(
+        table, parts, length, heads, GROUPS, C, CHUNK, CAUSAL, True
     )
-    index = sequence * key_heads + of_key
-    if CAUSAL:
-        index = chunk * key_heads + of_key
     if is_theirs(flags, index, map, FLAGGED):
         r = tl.arange(0, C)
         valid = start + r < end
@@ -103,12 +97,11 @@ def differentiate_queries(
         do = do.to(map.OPERAND)
         if CAUSAL:
             j = tl.arange(0, CHUNK)
-            first_key = begin + (start - begin) // CHUNK * CHUNK
-            ahead = start - first_key
-            kept = is_kept(mask, mask_n, batch, first_key + j, first_key, end)
+            first_key, ahead, kept, values = values_of(
+                v, mask, mask_n, batch, of_key, begin, start, end, 0, map, M, BLOCK_M, CHUNK
+            )
             given_k = load_given(k, batch, of_key, first_key, kept, map)
             offset = offset_of(given_k, kept, map)
-            values = load_rows(v, batch, of_key, first_key, kept, 0, M, BLOCK_M).to(map.OPERAND)
             pairs = tl.dot(do, tl.trans(values), input_precision=map.PRECISION) - deltas[:, None]
             pairs = tl.where((r + ahead)[:, None] >= j[None, :], pairs, 0.0)
             pairs = operand(pairs, map)
@@ -211,15 +204,9 @@ def differentiate_keys(
 
     ``sums`` R, r are those after the chunk if it is causal, else those of the sequence.
     """
-    pid = tl.program_id(0).to(tl.int64)
-    h = pid % heads
-    of_key = h // GROUPS
-    batch, sequence, start, end, begin, stop, chunk = locate(
-        table, pid // heads, parts, C, length, CHUNK
+    h, of_key, batch, start, end, begin, stop, index = place(
+        table, parts, length, heads, GROUPS, C, CHUNK, CAUSAL, False
     )
-    index = sequence * heads + h
-    if CAUSAL:
-        index = chunk * heads + h
     if is_theirs(flags, index, map, FLAGGED):
         r = tl.arange(0, C)
         kept = is_kept(mask, mask_n, batch, start + r, start, end)

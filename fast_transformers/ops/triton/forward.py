@@ -28,6 +28,41 @@ from .sums import LOWEST, SLACK, is_kept, load_shift, load_sums, locate
 
 
 @triton.jit
+def place(
+    table, parts, length, heads, GROUPS: tl.constexpr, C: tl.constexpr, CHUNK: tl.constexpr,
+    CAUSAL: tl.constexpr, OF_KEYS: tl.constexpr,
+):  # fmt: skip
+    """Query head and key head of a program, batch row, its first row and its end, those of its
+    sequence, and the number of the sums it looks at, which are OF_KEYS or of queries."""
+    pid = tl.program_id(0).to(tl.int64)
+    h = pid % heads
+    of_key = h // GROUPS
+    batch, number, start, end, begin, stop, chunk = locate(
+        table, pid // heads, parts, C, length, CHUNK
+    )
+    if CAUSAL:
+        number = chunk
+    index = number * heads + h
+    if OF_KEYS:
+        index = number * (heads // GROUPS) + of_key
+    return h, of_key, batch, start, end, begin, stop, index
+
+
+@triton.jit
+def values_of(
+    v, mask, mask_n, batch, of_key, begin, start, end, column, map,
+    M: tl.constexpr, BLOCK_M: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """First key of the chunk in which the queries from ``start`` on lie, how far they are in it,
+    which of its keys count, and their values."""
+    first_key = begin + (start - begin) // CHUNK * CHUNK
+    row = first_key + tl.arange(0, CHUNK)
+    kept = is_kept(mask, mask_n, batch, row, first_key, end)
+    values = load_rows(v, batch, of_key, first_key, kept, column * BLOCK_M, M, BLOCK_M)
+    return first_key, start - first_key, kept, values.to(map.OPERAND)
+
+
+@triton.jit
 def is_theirs(flags, index, map, FLAGGED: tl.constexpr):
     """Whether a chunk is left to the FLAGGED kernel, for keys that exceed the shift too much."""
     found = index >= 0
@@ -150,29 +185,22 @@ def attend(
 
     ``sums`` are those before the chunk if it is causal, else those of the sequence.
     """
-    pid, column = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    h, key_heads = pid % heads, heads // GROUPS
-    of_key = h // GROUPS
-    batch, sequence, start, end, begin, stop, chunk = locate(
-        table, pid // heads, parts, C, length, CHUNK
+    column = tl.program_id(1)
+    h, of_key, batch, start, end, begin, stop, index = place(
+        table, parts, length, heads, GROUPS, C, CHUNK, CAUSAL, True
     )
-    index = sequence * key_heads + of_key
-    if CAUSAL:
-        index = chunk * key_heads + of_key
     if is_theirs(flags, index, map, FLAGGED):
         r = tl.arange(0, C)
         valid = start + r < end
         given_q = load_given(q, batch, h, start, valid, map)
         if CAUSAL:
             j = tl.arange(0, CHUNK)
-            first_key = begin + (start - begin) // CHUNK * CHUNK
-            ahead = start - first_key
-            kept = is_kept(mask, mask_n, batch, first_key + j, first_key, end)
+            first_key, ahead, kept, values = values_of(
+                v, mask, mask_n, batch, of_key, begin, start, end, column, map, M, BLOCK_M, CHUNK
+            )
             given_k = load_given(k, batch, of_key, first_key, kept, map)
             offset = offset_of(given_k, kept, map)
             causal = (r + ahead)[:, None] >= j[None, :]
-            values = load_rows(v, batch, of_key, first_key, kept, column * BLOCK_M, M, BLOCK_M)
-            values = values.to(map.OPERAND)
         else:
             first_key, kept, given_k, offset, causal, values = 0, None, None, None, None, None
         if FLAGGED:
