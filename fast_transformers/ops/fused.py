@@ -103,7 +103,7 @@ def _shapes(
     z = final.new_empty(final.shape[:3])
     shift = z.new_empty(z.shape) if KINDS[settings.kind].exponential else None
     n, length, heads = q.shape[:3]
-    norm = z.new_empty(n, length if settings.keep else 0, heads)
+    norm = z.new_empty(n, heads, length if settings.keep else 0)
     return out, *present((final, z, shift)), norm
 
 
@@ -141,7 +141,7 @@ def fused(
     shape = _final_shape(settings, projection, q, k, v, cu_seqlens)[:2]
     kv, z, shift = (None if x is None else x.unflatten(0, shape) for x in final)
     if norm is None:
-        norm = q.new_empty(q.shape[0], 0, q.shape[2], dtype=torch.float32)
+        norm = q.new_empty(q.shape[0], q.shape[2], 0, dtype=torch.float32)
     return out, *present((kv, z, shift)), norm  # pyright: ignore[reportArgumentType]
 
 

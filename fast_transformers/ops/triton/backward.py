@@ -16,7 +16,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .forward import anchor_of, first_far, is_theirs, place, values_of
+from .forward import anchor_of, first_far
 from .maps import (
     encode,
     load_given,
@@ -29,7 +29,8 @@ from .maps import (
     slope,
     store_rows,
 )
-from .sums import INFINITY, is_kept, load_number, load_sums
+from .sums import INFINITY, at_row, is_kept, load_numbers, load_sums
+from .tiles import flagged_tiles, is_flagged, place, values_of
 
 
 @triton.jit
@@ -73,61 +74,86 @@ def write_dq(
         store_rows(dq, dx * map.back, batch, h, start, now, 0, map.E)
 
 
-@triton.jit(do_not_specialize=["length", "heads", "parts", "mask_n"])
-def differentiate_queries(
-    q, k, v, mask, mask_n, length, heads, table, parts, sums, flags, d_out, norm, delta, out, dq,
-    map,
-    GROUPS: tl.constexpr, M: tl.constexpr, BLOCK_M: tl.constexpr, C: tl.constexpr,
+@triton.jit
+def differentiate_queries_tile(
+    tile, q, k, v, mask, mask_n, length, heads, table, parts, sums, d_out, norm, numbers, out, dq,
+    map, GROUPS: tl.constexpr, M: tl.constexpr, BLOCK_M: tl.constexpr, C: tl.constexpr,
     CHUNK: tl.constexpr, EXPONENTIAL: tl.constexpr, CAUSAL: tl.constexpr, FLAGGED: tl.constexpr,
 ):  # fmt: skip
-    """As ``forward.attend``, with all value dimensions; delta is stored for what comes after."""
     h, of_key, batch, start, end, begin, stop, index = place(
-        table, parts, length, heads, GROUPS, C, CHUNK, CAUSAL, True
+        tile, table, parts, length, heads, GROUPS, C, CHUNK, CAUSAL, True
     )
-    if is_theirs(flags, index, map, FLAGGED):
-        r = tl.arange(0, C)
-        valid = start + r < end
-        given_q = load_given(q, batch, h, start, valid, map)
-        other = INFINITY if EXPONENTIAL else 0.0
-        norms = load_number(norm, batch, start + r, h, length, heads, valid, other)
-        do = load_rows(d_out, batch, h, start, valid, 0, M, BLOCK_M)
-        y = load_rows(out, batch, h, start, valid, 0, M, BLOCK_M).to(tl.float32)
-        deltas = tl.sum(do.to(tl.float32) * y, 1)
-        tl.store(delta + (batch * length + start + r) * heads + h, deltas, valid)
-        do = do.to(map.OPERAND)
-        if CAUSAL:
-            j = tl.arange(0, CHUNK)
-            first_key, ahead, kept, values = values_of(
-                v, mask, mask_n, batch, of_key, begin, start, end, 0, map, M, BLOCK_M, CHUNK
-            )
-            given_k = load_given(k, batch, of_key, first_key, kept, map)
-            offset = offset_of(given_k, kept, map)
-            pairs = tl.dot(do, tl.trans(values), input_precision=map.PRECISION) - deltas[:, None]
-            pairs = tl.where((r + ahead)[:, None] >= j[None, :], pairs, 0.0)
-            pairs = operand(pairs, map)
-        else:
-            first_key, kept, given_k, offset, pairs = 0, None, None, None, None
-        if FLAGGED:
-            low = 0
-            while low < C:
-                seen = j <= ahead + low
-                high = first_far(
-                    k, batch, of_key, first_key, kept, given_k, offset, None, seen, sums, index,
-                    map, False,
-                ) - ahead  # fmt: skip
-                now = valid & (r >= low) & (r < high)
-                write_dq(
-                    q, k, dq, batch, h, of_key, start, first_key, valid, now, kept, given_q,
-                    given_k, offset, seen, do, pairs, norms, deltas, sums, index, map, M, BLOCK_M,
-                    EXPONENTIAL, CAUSAL, True,
-                )  # fmt: skip
-                low = high
-        else:
+    r = tl.arange(0, C)
+    valid = start + r < end
+    given_q = load_given(q, batch, h, start, valid, map)
+    at = at_row(batch, start + r, h, length, heads)
+    norms = tl.load(norm + at, valid, INFINITY if EXPONENTIAL else 0.0)
+    do = load_rows(d_out, batch, h, start, valid, 0, M, BLOCK_M)
+    y = load_rows(out, batch, h, start, valid, 0, M, BLOCK_M).to(tl.float32)
+    deltas = tl.sum(do.to(tl.float32) * y, 1)
+    to = numbers + at[:, None] * 2 + tl.arange(0, 2)[None, :]
+    tl.store(to, tl.join(norms, deltas), valid[:, None])
+    do = do.to(map.OPERAND)
+    if CAUSAL:
+        j = tl.arange(0, CHUNK)
+        first_key, ahead, kept, values = values_of(
+            v, mask, mask_n, batch, of_key, begin, start, end, 0, map, M, BLOCK_M, CHUNK
+        )
+        given_k = load_given(k, batch, of_key, first_key, kept, map)
+        offset = offset_of(given_k, kept, map)
+        pairs = tl.dot(do, tl.trans(values), input_precision=map.PRECISION) - deltas[:, None]
+        pairs = tl.where((r + ahead)[:, None] >= j[None, :], pairs, 0.0)
+        pairs = operand(pairs, map)
+    else:
+        first_key, kept, given_k, offset, pairs = 0, None, None, None, None
+    if FLAGGED:
+        low = 0
+        while low < C:
+            seen = j <= ahead + low
+            high = first_far(
+                k, batch, of_key, first_key, kept, given_k, offset, None, seen, sums, index,
+                map, False,
+            ) - ahead  # fmt: skip
+            now = valid & (r >= low) & (r < high)
             write_dq(
-                q, k, dq, batch, h, of_key, start, first_key, valid, valid, kept, given_q, given_k,
-                offset, None, do, pairs, norms, deltas, sums, index, map, M, BLOCK_M, EXPONENTIAL,
-                CAUSAL, False,
+                q, k, dq, batch, h, of_key, start, first_key, valid, now, kept, given_q,
+                given_k, offset, seen, do, pairs, norms, deltas, sums, index, map, M, BLOCK_M,
+                EXPONENTIAL, CAUSAL, True,
             )  # fmt: skip
+            low = high
+    else:
+        write_dq(
+            q, k, dq, batch, h, of_key, start, first_key, valid, valid, kept, given_q, given_k,
+            offset, None, do, pairs, norms, deltas, sums, index, map, M, BLOCK_M, EXPONENTIAL,
+            CAUSAL, False,
+        )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["length", "heads", "parts", "tiles", "mask_n"])
+def differentiate_queries(
+    q, k, v, mask, mask_n, length, heads, table, parts, tiles, sums, flags, d_out, norm, numbers,
+    out, dq, map, GROUPS: tl.constexpr, M: tl.constexpr, BLOCK_M: tl.constexpr, C: tl.constexpr,
+    CHUNK: tl.constexpr, EXPONENTIAL: tl.constexpr, CAUSAL: tl.constexpr, FLAGGED: tl.constexpr,
+):  # fmt: skip
+    """As ``forward.attend``, with all value dimensions. The numbers (N, H, L, 2) of each query,
+    its norm and delta, are stored for what comes after."""
+    if FLAGGED:
+        first, last = flagged_tiles(
+            tiles, flags, table, parts, length, heads, GROUPS, C, CHUNK, True
+        )
+        for tile in range(first, last):
+            if is_flagged(tile, flags, table, parts, length, heads, GROUPS, C, CHUNK, True):
+                differentiate_queries_tile(
+                    tile, q, k, v, mask, mask_n, length, heads, table, parts, sums, d_out, norm,
+                    numbers, out, dq, map, GROUPS, M, BLOCK_M, C, CHUNK, EXPONENTIAL, CAUSAL,
+                    FLAGGED,
+                )  # fmt: skip
+    else:
+        differentiate_queries_tile(
+            tl.program_id(0), q, k, v, mask, mask_n, length, heads, table, parts, sums, d_out,
+            norm, numbers, out, dq, map, GROUPS, M, BLOCK_M, C, CHUNK, EXPONENTIAL, CAUSAL,
+            FLAGGED,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -193,61 +219,81 @@ def write_dk_dv(
         store_rows(dk, dx, batch, h, start, now, 0, map.E)
 
 
-@triton.jit(do_not_specialize=["length", "heads", "parts", "mask_n"])
-def differentiate_keys(
-    q, k, v, mask, mask_n, length, heads, table, parts, sums, flags, d_out, norm, delta, dk, dv,
-    map,
+@triton.jit
+def differentiate_keys_tile(
+    tile, q, k, v, mask, mask_n, length, heads, table, parts, sums, d_out, numbers, dk, dv, map,
     GROUPS: tl.constexpr, M: tl.constexpr, BLOCK_M: tl.constexpr, C: tl.constexpr,
+    CHUNK: tl.constexpr, EXPONENTIAL: tl.constexpr, CAUSAL: tl.constexpr, FLAGGED: tl.constexpr,
+):  # fmt: skip
+    h, of_key, batch, start, end, begin, stop, index = place(
+        tile, table, parts, length, heads, GROUPS, C, CHUNK, CAUSAL, False
+    )
+    r = tl.arange(0, C)
+    kept = is_kept(mask, mask_n, batch, start + r, start, end)
+    given_k = load_given(k, batch, of_key, start, kept, map)
+    offset = offset_of(given_k, kept, map)
+    values = load_rows(v, batch, of_key, start, kept, 0, M, BLOCK_M).to(map.OPERAND)
+    if CAUSAL:
+        t = tl.arange(0, CHUNK)
+        first_query = begin + (start - begin) // CHUNK * CHUNK
+        ahead = start - first_query
+        valid = (t >= ahead) & (first_query + t < stop)
+        given_q = load_given(q, batch, h, first_query, valid, map)
+        at = at_row(batch, first_query + t, h, length, heads)
+        norms, deltas = load_numbers(numbers, at, valid, EXPONENTIAL)
+        do = load_rows(d_out, batch, h, first_query, valid, 0, M, BLOCK_M).to(map.OPERAND)
+        later = (r + ahead)[:, None] <= t[None, :]
+        pairs = tl.dot(values, tl.trans(do), input_precision=map.PRECISION) - deltas[None, :]
+        pairs = operand(tl.where(later, pairs, 0.0), map)
+    else:
+        first_query, valid, given_q, norms = 0, None, None, None
+        do, later, pairs = None, None, None
+    if FLAGGED:
+        high = tl.minimum(end - start, C)
+        while high > 0:
+            seen = t >= ahead + high - 1
+            low = first_far(
+                q, batch, h, first_query, valid, given_q, None, norms, seen, sums, index, map,
+                True,
+            ) - ahead  # fmt: skip
+            now = (start + r < end) & (r >= low) & (r < high)
+            write_dk_dv(
+                q, k, dk, dv, batch, h, of_key, start, first_query, kept, now, valid, given_q,
+                given_k, offset, seen, values, do, pairs, later, norms, sums, index, map, M,
+                BLOCK_M, EXPONENTIAL, CAUSAL, True,
+            )  # fmt: skip
+            high = low
+    else:
+        write_dk_dv(
+            q, k, dk, dv, batch, h, of_key, start, first_query, kept, start + r < end, valid,
+            given_q, given_k, offset, None, values, do, pairs, later, norms, sums, index, map,
+            M, BLOCK_M, EXPONENTIAL, CAUSAL, False,
+        )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["length", "heads", "parts", "tiles", "mask_n"])
+def differentiate_keys(
+    q, k, v, mask, mask_n, length, heads, table, parts, tiles, sums, flags, d_out, numbers, dk,
+    dv, map, GROUPS: tl.constexpr, M: tl.constexpr, BLOCK_M: tl.constexpr, C: tl.constexpr,
     CHUNK: tl.constexpr, EXPONENTIAL: tl.constexpr, CAUSAL: tl.constexpr, FLAGGED: tl.constexpr,
 ):  # fmt: skip
     """One program per C keys and query head; dk and dv have rows for each query head.
 
     ``sums`` R, r are those after the chunk if it is causal, else those of the sequence.
     """
-    h, of_key, batch, start, end, begin, stop, index = place(
-        table, parts, length, heads, GROUPS, C, CHUNK, CAUSAL, False
-    )
-    if is_theirs(flags, index, map, FLAGGED):
-        r = tl.arange(0, C)
-        kept = is_kept(mask, mask_n, batch, start + r, start, end)
-        given_k = load_given(k, batch, of_key, start, kept, map)
-        offset = offset_of(given_k, kept, map)
-        values = load_rows(v, batch, of_key, start, kept, 0, M, BLOCK_M).to(map.OPERAND)
-        if CAUSAL:
-            t = tl.arange(0, CHUNK)
-            first_query = begin + (start - begin) // CHUNK * CHUNK
-            ahead = start - first_query
-            valid = (t >= ahead) & (first_query + t < stop)
-            given_q = load_given(q, batch, h, first_query, valid, map)
-            row = first_query + t
-            other = INFINITY if EXPONENTIAL else 0.0
-            norms = load_number(norm, batch, row, h, length, heads, valid, other)
-            deltas = load_number(delta, batch, row, h, length, heads, valid, 0.0)
-            do = load_rows(d_out, batch, h, first_query, valid, 0, M, BLOCK_M).to(map.OPERAND)
-            later = (r + ahead)[:, None] <= t[None, :]
-            pairs = tl.dot(values, tl.trans(do), input_precision=map.PRECISION) - deltas[None, :]
-            pairs = operand(tl.where(later, pairs, 0.0), map)
-        else:
-            first_query, valid, given_q, norms = 0, None, None, None
-            do, later, pairs = None, None, None
-        if FLAGGED:
-            high = tl.minimum(end - start, C)
-            while high > 0:
-                seen = t >= ahead + high - 1
-                low = first_far(
-                    q, batch, h, first_query, valid, given_q, None, norms, seen, sums, index, map,
-                    True,
-                ) - ahead  # fmt: skip
-                now = (start + r < end) & (r >= low) & (r < high)
-                write_dk_dv(
-                    q, k, dk, dv, batch, h, of_key, start, first_query, kept, now, valid, given_q,
-                    given_k, offset, seen, values, do, pairs, later, norms, sums, index, map, M,
-                    BLOCK_M, EXPONENTIAL, CAUSAL, True,
+    if FLAGGED:
+        first, last = flagged_tiles(
+            tiles, flags, table, parts, length, heads, GROUPS, C, CHUNK, False
+        )
+        for tile in range(first, last):
+            if is_flagged(tile, flags, table, parts, length, heads, GROUPS, C, CHUNK, False):
+                differentiate_keys_tile(
+                    tile, q, k, v, mask, mask_n, length, heads, table, parts, sums, d_out,
+                    numbers, dk, dv, map, GROUPS, M, BLOCK_M, C, CHUNK, EXPONENTIAL, CAUSAL,
+                    FLAGGED,
                 )  # fmt: skip
-                high = low
-        else:
-            write_dk_dv(
-                q, k, dk, dv, batch, h, of_key, start, first_query, kept, start + r < end, valid,
-                given_q, given_k, offset, None, values, do, pairs, later, norms, sums, index, map,
-                M, BLOCK_M, EXPONENTIAL, CAUSAL, False,
-            )  # fmt: skip
+    else:
+        differentiate_keys_tile(
+            tl.program_id(0), q, k, v, mask, mask_n, length, heads, table, parts, sums, d_out,
+            numbers, dk, dv, map, GROUPS, M, BLOCK_M, C, CHUNK, EXPONENTIAL, CAUSAL, FLAGGED,
+        )  # fmt: skip

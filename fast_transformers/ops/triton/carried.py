@@ -19,7 +19,7 @@ from .maps import (
     project,
     store_rows,
 )
-from .sums import is_kept, load_sums, locate, store_sums
+from .sums import at_row, is_kept, load_sums, locate, store_sums
 
 
 @triton.jit
@@ -37,7 +37,7 @@ def attend_along(
     GROUPS: tl.constexpr, M: tl.constexpr, BLOCK_M: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """Values and norms of the queries of a segment, as ``forward.attend``."""
-    pid = tl.program_id(0).to(tl.int64)
+    pid = tl.program_id(0)
     h = pid % heads
     of_key, key_heads = h // GROUPS, heads // GROUPS
     batch, sequence, first, end, begin, stop, _ = locate(
@@ -64,10 +64,10 @@ def attend_along(
         inverse = tl.where(none, 0.0, 1.0 / tl.where(none, 1.0, bottom))
         store_rows(out, top * inverse[:, None], batch, h, start, valid, 0, M)
         if norm is not None:
-            tl.store(norm + (batch * length + start + r) * heads + h, inverse, valid)
+            tl.store(norm + at_row(batch, start + r, h, length, heads), inverse, valid)
         kv = tl.dot(tl.trans(kappa), values, kv, input_precision=map.PRECISION)
         z += tl.sum(phi_k, 0)
     if end_sums.kv is not None:
         if h % GROUPS == 0:
-            index = sequence * key_heads + of_key
-            store_sums(end_sums, index, 0, 0, 0, kv, z, z, map, M)
+            own = sequence * key_heads + of_key
+            store_sums(end_sums, own, 0, 0, 0, kv, z, z, map, M)

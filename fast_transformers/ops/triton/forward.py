@@ -5,8 +5,8 @@
 with the sums S, z over the keys before the chunk, and the factors p of queries and kappa of
 keys. A program goes through the features of one block of queries, block by block; they are
 never all there. Exponential features: kappa is at most 2^SLACK relative to the shift of the
-sums, which every query of the chunk has seen; p is also relative to the largest factor that its
-query has met so far, and what has been summed is lowered when that rises.
+sums, which every query of the chunk has seen; p is also relative to the largest factor of its
+query.
 """
 
 from __future__ import annotations
@@ -17,58 +17,14 @@ import triton.language as tl
 from .maps import (
     encode,
     load_given,
-    load_rows,
     load_weights,
     offset_of,
     operand,
     project,
     store_rows,
 )
-from .sums import LOWEST, SLACK, is_kept, load_shift, load_sums, locate
-
-
-@triton.jit
-def place(
-    table, parts, length, heads, GROUPS: tl.constexpr, C: tl.constexpr, CHUNK: tl.constexpr,
-    CAUSAL: tl.constexpr, OF_KEYS: tl.constexpr,
-):  # fmt: skip
-    """Query head and key head of a program, batch row, its first row and its end, those of its
-    sequence, and the number of the sums it looks at, which are OF_KEYS or of queries."""
-    pid = tl.program_id(0).to(tl.int64)
-    h = pid % heads
-    of_key = h // GROUPS
-    batch, number, start, end, begin, stop, chunk = locate(
-        table, pid // heads, parts, C, length, CHUNK
-    )
-    if CAUSAL:
-        number = chunk
-    index = number * heads + h
-    if OF_KEYS:
-        index = number * (heads // GROUPS) + of_key
-    return h, of_key, batch, start, end, begin, stop, index
-
-
-@triton.jit
-def values_of(
-    v, mask, mask_n, batch, of_key, begin, start, end, column, map,
-    M: tl.constexpr, BLOCK_M: tl.constexpr, CHUNK: tl.constexpr,
-):  # fmt: skip
-    """First key of the chunk in which the queries from ``start`` on lie, how far they are in it,
-    which of its keys count, and their values."""
-    first_key = begin + (start - begin) // CHUNK * CHUNK
-    row = first_key + tl.arange(0, CHUNK)
-    kept = is_kept(mask, mask_n, batch, row, first_key, end)
-    values = load_rows(v, batch, of_key, first_key, kept, column * BLOCK_M, M, BLOCK_M)
-    return first_key, start - first_key, kept, values.to(map.OPERAND)
-
-
-@triton.jit
-def is_theirs(flags, index, map, FLAGGED: tl.constexpr):
-    """Whether a chunk is left to the FLAGGED kernel, for keys that exceed the shift too much."""
-    found = index >= 0
-    if flags is not None:
-        found = (tl.load(flags + index) != 0) == FLAGGED
-    return found
+from .sums import SLACK, at_row, load_shift, load_sums
+from .tiles import flagged_tiles, is_flagged, place, values_of
 
 
 @triton.jit
@@ -106,6 +62,32 @@ def first_far(
 
 
 @triton.jit
+def largest(
+    q, k, batch, h, of_key, start, first_key, valid, kept, given_q, given_k, offset, seen, sums,
+    index, map, FLAGGED: tl.constexpr,
+):  # fmt: skip
+    """The largest factor of each query (C,), as a logarithm.
+
+    Found before the factors are used, so that no sum needs to be lowered on the way.
+    """
+    largest = tl.full((valid.shape[0], map.BLOCK), float("-inf"), tl.float32)
+    for block in range(0, map.BLOCKS):
+        weights = load_weights(map, block)
+        u = project(q, batch, h, start, valid, given_q, weights, block, map, False)
+        if FLAGGED:
+            u_k = project(k, batch, of_key, first_key, kept, given_k, weights, block, map, False)
+        for part in tl.static_range(map.PARTS):
+            anchor = load_shift(sums, index, block, part, map)
+            if FLAGGED:
+                anchor = anchor_of(
+                    encode(u_k, offset, kept, block, part, map, False), seen, anchor
+                )
+            p = encode(u, None, None, block, part, map, False)
+            largest = tl.maximum(largest, p + anchor[None, :])
+    return tl.max(largest, 1)
+
+
+@triton.jit
 def look_up(
     q, k, batch, h, of_key, start, first_key, valid, kept, given_q, given_k, offset, seen, sums,
     index, column, map,
@@ -114,8 +96,13 @@ def look_up(
 ):  # fmt: skip
     """p S (C, M), p.z (C), the pairs p.kappa (C, CHUNK), and what p is relative to (C)."""
     C: tl.constexpr = valid.shape[0]
-    top, bottom = tl.zeros((C, BLOCK_M), tl.float32), tl.zeros((C,), tl.float32)
-    offsets = tl.full((C,), LOWEST, tl.float32)
+    top, bottom = tl.zeros((C, BLOCK_M), tl.float32), tl.zeros((C, map.BLOCK), tl.float32)
+    offsets = tl.zeros((C,), tl.float32)
+    if EXPONENTIAL:
+        offsets = largest(
+            q, k, batch, h, of_key, start, first_key, valid, kept, given_q, given_k, offset, seen,
+            sums, index, map, FLAGGED,
+        )  # fmt: skip
     pairs = tl.zeros((C, kept.shape[0] if CAUSAL else 1), tl.float32)
     for block in range(0, map.BLOCKS):
         weights = load_weights(map, block)
@@ -133,11 +120,7 @@ def look_up(
                     if FLAGGED:
                         anchor = anchor_of(kappa, seen, shift)
                     kappa = tl.exp2(kappa - anchor[None, :])
-                p += anchor[None, :]
-                raised = tl.maximum(offsets, tl.max(p, 1))
-                decay, offsets = tl.exp2(offsets - raised), raised
-                top, bottom, pairs = top * decay[:, None], bottom * decay, pairs * decay[:, None]
-                p = tl.exp2(p - offsets[:, None])
+                p = tl.exp2(p + anchor[None, :] - offsets[:, None])
             if CAUSAL:
                 kappa = tl.trans(operand(kappa, map))
                 pairs = tl.dot(operand(p, map), kappa, pairs, input_precision=map.PRECISION)
@@ -145,39 +128,92 @@ def look_up(
                     p *= tl.exp2(shift - anchor)[None, :]
             kv = operand(kv, map)
             top = tl.dot(operand(p, map), kv, top, input_precision=map.PRECISION)
-            bottom += tl.sum(p * z[None, :], 1)
-    return top, bottom, pairs, offsets
+            bottom += p * z[None, :]
+    return top, tl.sum(bottom, 1), pairs, offsets
 
 
 @triton.jit
 def write(
-    out, norm, top, bottom, pairs, offsets, values, causal, valid, batch, h, start, length, heads,
+    out, norm, top, bottom, pairs, offsets, values, ahead, valid, batch, h, start, length, heads,
     eps, column, map,
     M: tl.constexpr, EXPONENTIAL: tl.constexpr, CAUSAL: tl.constexpr,
 ):  # fmt: skip
     """Store the values, and what the backward pass needs of their denominators."""
     if CAUSAL:
-        pairs = tl.where(causal, pairs, 0.0)
+        r, j = tl.arange(0, pairs.shape[0]), tl.arange(0, pairs.shape[1])
+        pairs = tl.where((r + ahead)[:, None] >= j[None, :], pairs, 0.0)
         top = tl.dot(operand(pairs, map), values, top, input_precision=map.PRECISION)
         bottom += tl.sum(pairs, 1)
     if not EXPONENTIAL:
         bottom += eps
     none = bottom == 0.0
     bottom = tl.where(none, 1.0, bottom)
-    top = tl.where(none[:, None], 0.0, top / bottom[:, None])
+    inverse = tl.where(none, 0.0, 1.0 / bottom)
+    top *= inverse[:, None]
     store_rows(out, top, batch, h, start, valid, column * top.shape[1], M)
     if norm is not None and column == 0:
         if EXPONENTIAL:
             kept = tl.where(none, float("inf"), tl.log2(bottom) + offsets)
         else:
-            kept = tl.where(none, 0.0, 1.0 / bottom)
+            kept = inverse
         row = start + tl.arange(0, valid.shape[0])
-        tl.store(norm + (batch * length + row) * heads + h, kept, valid)
+        tl.store(norm + at_row(batch, row, h, length, heads), kept, valid)
 
 
-@triton.jit(do_not_specialize=["length", "heads", "parts", "mask_n"])
+@triton.jit
+def attend_tile(
+    tile, q, k, v, mask, mask_n, length, heads, table, parts, sums, out, norm, eps, map,
+    GROUPS: tl.constexpr, M: tl.constexpr, BLOCK_M: tl.constexpr, C: tl.constexpr,
+    CHUNK: tl.constexpr, EXPONENTIAL: tl.constexpr, CAUSAL: tl.constexpr, FLAGGED: tl.constexpr,
+):  # fmt: skip
+    column = tl.program_id(1)
+    h, of_key, batch, start, end, begin, stop, index = place(
+        tile, table, parts, length, heads, GROUPS, C, CHUNK, CAUSAL, True
+    )
+    r = tl.arange(0, C)
+    valid = start + r < end
+    given_q = load_given(q, batch, h, start, valid, map)
+    if CAUSAL:
+        first_key, ahead, kept, values = values_of(
+            v, mask, mask_n, batch, of_key, begin, start, end, column, map, M, BLOCK_M, CHUNK
+        )
+        given_k = load_given(k, batch, of_key, first_key, kept, map)
+        offset = offset_of(given_k, kept, map)
+    else:
+        first_key, ahead, kept, given_k, offset, values = 0, 0, None, None, None, None
+    if FLAGGED:
+        j = tl.arange(0, CHUNK)
+        low = 0
+        while low < C:
+            seen = j <= ahead + low
+            high = first_far(
+                k, batch, of_key, first_key, kept, given_k, offset, None, seen, sums, index,
+                map, False,
+            ) - ahead  # fmt: skip
+            top, bottom, pairs, offsets = look_up(
+                q, k, batch, h, of_key, start, first_key, valid, kept, given_q, given_k,
+                offset, seen, sums, index, column, map, M, BLOCK_M, EXPONENTIAL, CAUSAL, True,
+            )  # fmt: skip
+            now = valid & (r >= low) & (r < high)
+            write(
+                out, norm, top, bottom, pairs, offsets, values, ahead, now, batch, h, start,
+                length, heads, eps, column, map, M, EXPONENTIAL, CAUSAL,
+            )  # fmt: skip
+            low = high
+    else:
+        top, bottom, pairs, offsets = look_up(
+            q, k, batch, h, of_key, start, first_key, valid, kept, given_q, given_k, offset,
+            None, sums, index, column, map, M, BLOCK_M, EXPONENTIAL, CAUSAL, False,
+        )  # fmt: skip
+        write(
+            out, norm, top, bottom, pairs, offsets, values, ahead, valid, batch, h, start,
+            length, heads, eps, column, map, M, EXPONENTIAL, CAUSAL,
+        )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["length", "heads", "parts", "tiles", "mask_n"])
 def attend(
-    q, k, v, mask, mask_n, length, heads, table, parts, sums, flags, out, norm, eps, map,
+    q, k, v, mask, mask_n, length, heads, table, parts, tiles, sums, flags, out, norm, eps, map,
     GROUPS: tl.constexpr, M: tl.constexpr, BLOCK_M: tl.constexpr, C: tl.constexpr,
     CHUNK: tl.constexpr, EXPONENTIAL: tl.constexpr, CAUSAL: tl.constexpr, FLAGGED: tl.constexpr,
 ):  # fmt: skip
@@ -185,48 +221,18 @@ def attend(
 
     ``sums`` are those before the chunk if it is causal, else those of the sequence.
     """
-    column = tl.program_id(1)
-    h, of_key, batch, start, end, begin, stop, index = place(
-        table, parts, length, heads, GROUPS, C, CHUNK, CAUSAL, True
-    )
-    if is_theirs(flags, index, map, FLAGGED):
-        r = tl.arange(0, C)
-        valid = start + r < end
-        given_q = load_given(q, batch, h, start, valid, map)
-        if CAUSAL:
-            j = tl.arange(0, CHUNK)
-            first_key, ahead, kept, values = values_of(
-                v, mask, mask_n, batch, of_key, begin, start, end, column, map, M, BLOCK_M, CHUNK
-            )
-            given_k = load_given(k, batch, of_key, first_key, kept, map)
-            offset = offset_of(given_k, kept, map)
-            causal = (r + ahead)[:, None] >= j[None, :]
-        else:
-            first_key, kept, given_k, offset, causal, values = 0, None, None, None, None, None
-        if FLAGGED:
-            low = 0
-            while low < C:
-                seen = j <= ahead + low
-                high = first_far(
-                    k, batch, of_key, first_key, kept, given_k, offset, None, seen, sums, index,
-                    map, False,
-                ) - ahead  # fmt: skip
-                top, bottom, pairs, offsets = look_up(
-                    q, k, batch, h, of_key, start, first_key, valid, kept, given_q, given_k,
-                    offset, seen, sums, index, column, map, M, BLOCK_M, EXPONENTIAL, CAUSAL, True,
+    if FLAGGED:
+        first, last = flagged_tiles(
+            tiles, flags, table, parts, length, heads, GROUPS, C, CHUNK, True
+        )
+        for tile in range(first, last):
+            if is_flagged(tile, flags, table, parts, length, heads, GROUPS, C, CHUNK, True):
+                attend_tile(
+                    tile, q, k, v, mask, mask_n, length, heads, table, parts, sums, out, norm,
+                    eps, map, GROUPS, M, BLOCK_M, C, CHUNK, EXPONENTIAL, CAUSAL, FLAGGED,
                 )  # fmt: skip
-                now = valid & (r >= low) & (r < high)
-                write(
-                    out, norm, top, bottom, pairs, offsets, values, causal, now, batch, h, start,
-                    length, heads, eps, column, map, M, EXPONENTIAL, CAUSAL,
-                )  # fmt: skip
-                low = high
-        else:
-            top, bottom, pairs, offsets = look_up(
-                q, k, batch, h, of_key, start, first_key, valid, kept, given_q, given_k, offset,
-                None, sums, index, column, map, M, BLOCK_M, EXPONENTIAL, CAUSAL, False,
-            )  # fmt: skip
-            write(
-                out, norm, top, bottom, pairs, offsets, values, causal, valid, batch, h, start,
-                length, heads, eps, column, map, M, EXPONENTIAL, CAUSAL,
-            )  # fmt: skip
+    else:
+        attend_tile(
+            tl.program_id(0), q, k, v, mask, mask_n, length, heads, table, parts, sums, out, norm,
+            eps, map, GROUPS, M, BLOCK_M, C, CHUNK, EXPONENTIAL, CAUSAL, FLAGGED,
+        )  # fmt: skip

@@ -21,11 +21,19 @@ from ..call import Settings
 from ..choose import INTERPRETED
 from ..kinds import KINDS, Formula
 from . import backward as backward_kernels
+from . import forward as forward_kernels
 from . import sums as sum_kernels
 from .maps import Map, Rows
-from .plans import WARPS, Plan, config, map_of, operand_of, plan, size_of, tf32
+from .plans import COLUMNS, WARPS, Plan, config, map_of, operand_of, plan, size_of, tf32
+from .scan import scan as scan_kernel
 from .sums import Sums
+from .tiles import TILES
 
+EACH = (
+    forward_kernels.attend,
+    backward_kernels.differentiate_queries,
+    backward_kernels.differentiate_keys,
+)
 NOTHING = Sums(None, None, None)
 SHORTEST = 512  # rows of a segment
 MOST_KINDS = 512  # of calls that are remembered
@@ -66,12 +74,13 @@ class Launch:
         self.exponential = kind.exponential
         self.features, self.m = kind.width(formula, k[3]), v[3]
         operand, _ = operand_of(settings.kind, dtype)
-        self.config = config(self.m, weights is not None, operand)
+        self.config = config(weights is not None, causal, operand)
+        self.tile = min(COLUMNS, size_of(self.m))
         self.map, self.dtype = map_of(formula, k[3], dtype, self.config.block)
         self.walk_map, _ = map_of(formula, k[3], dtype, self.config.walk_block)
         self.heads, self.q_heads = k[2], q[2]
         self.groups = self.q_heads // self.heads
-        self.columns = triton.cdiv(self.m, self.config.columns)
+        self.columns = triton.cdiv(self.m, self.tile)
         self.blocks = self.walk_map.BLOCKS.value * self.walk_map.PARTS.value
         self.carried = causal and not self.exponential and self.blocks == self.columns == 1
         self.compiled: dict[Any, tuple[Any, tuple[Any, ...]]] = {}
@@ -141,8 +150,8 @@ class Launch:
             (plan.total * heads, self.blocks, self.columns),
             *tensors, heads, plan.table, plan.parts, plan.size, start, prefix, flags, end, map,
             **self.options(
-                BLOCK_M=self.config.columns, EXPONENTIAL=self.exponential, STORE=store,
-                num_stages=self.config.walk_stages,
+                BLOCK_M=self.tile, EXPONENTIAL=self.exponential, STORE=store,
+                num_stages=self.config.stages[1], maxnreg=self.config.registers[2],
             ),
         )  # fmt: skip
         return prefix, flags
@@ -178,7 +187,7 @@ class Launch:
         block_m = size_of(self.m)
         block_f = max(1, min(next_power_of_2(self.features), 2048 // block_m))
         self.start(
-            (reverse, start.kv is None, end.kv is None), sum_kernels.scan,
+            (reverse, start.kv is None, end.kv is None), scan_kernel,
             (plan.sequences * heads, triton.cdiv(self.features, block_f), 1),
             sums, start, end, plan.firsts, heads, plan.parts,
             F=self.features, M=self.m, BLOCK_F=block_f, BLOCK_M=block_m, REVERSE=reverse,
@@ -189,18 +198,21 @@ class Launch:
         flags: Tensor | None, *tensors: Any, whole: bool = True,
     ) -> None:  # fmt: skip
         """A kernel for each tile of queries or keys; another one for those of flagged chunks."""
-        cut = plan(n, length, self.config.rows, self.config.chunk, cu)
-        free = kernel is backward_kernels.differentiate_keys  # the one that needs them all
+        which = EACH.index(kernel)
+        size = self.config.rows[which]
+        cut = plan(n, length, size, self.config.chunk, cu)
         options = self.options(
-            BLOCK_M=size_of(self.m) if whole else self.config.columns, GROUPS=self.groups,
-            C=self.config.rows, EXPONENTIAL=self.exponential, CAUSAL=self.causal,
-            num_stages=self.config.stages, maxnreg=None if free else self.config.registers,
+            BLOCK_M=size_of(self.m) if whole else self.tile, GROUPS=self.groups, C=size,
+            EXPONENTIAL=self.exponential, CAUSAL=self.causal, num_stages=self.config.stages[0],
+            maxnreg=self.config.registers[which == 2],
         )  # fmt: skip
+        tiles, columns = cut.total * self.q_heads, 1 if whole else self.columns
         for flagged in (False, True) if flags is not None else (False,):
+            programs = triton.cdiv(tiles, TILES.value) if flagged else tiles
             self.start(
-                flagged, kernel, (cut.total * self.q_heads, 1 if whole else self.columns, 1),
-                *inputs[:5], length, self.q_heads, cut.table, cut.parts, sums, flags, *tensors,
-                inputs.map, FLAGGED=flagged, **options,
+                flagged, kernel, (programs, columns, 1), *inputs[:5], length, self.q_heads,
+                cut.table, cut.parts, tiles, sums, flags, *tensors, inputs.map, FLAGGED=flagged,
+                **options,
             )  # fmt: skip
 
     def carry(self, kernel: Any, inputs: Inputs, plan: Plan, length: int, *tensors: Any) -> None:
@@ -209,7 +221,7 @@ class Launch:
             None, kernel, (plan.total * self.q_heads, 1, 1), *inputs[:5], length,
             self.q_heads, plan.table, plan.parts, plan.size, *tensors, inputs.walk_map,
             **self.options(
-                BLOCK_M=size_of(self.m), GROUPS=self.groups, num_stages=self.config.carry_stages
+                BLOCK_M=size_of(self.m), GROUPS=self.groups, num_stages=self.config.stages[2]
             ),
         )  # fmt: skip
 

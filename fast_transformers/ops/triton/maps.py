@@ -88,7 +88,7 @@ def load_rows(x, n, h, start, valid, first, D: tl.constexpr, BLOCK: tl.constexpr
     """Columns ``first`` to ``first + BLOCK`` of the C rows from ``start`` on; 0 where ``valid``
     (C,) is not."""
     r, d = tl.arange(0, valid.shape[0]), tl.arange(0, BLOCK) + first
-    base = x.ptr + n * x.n + h * x.h + tl.cast(start, tl.int64) * x.l
+    base = x.ptr + n * x.n + tl.cast(h, tl.int64) * x.h + tl.cast(start, tl.int64) * x.l
     inside = valid[:, None] & (d < D)[None, :]
     return tl.load(base + r[:, None] * x.l + d[None, :] * x.d, mask=inside, other=0.0)
 
@@ -97,7 +97,7 @@ def load_rows(x, n, h, start, valid, first, D: tl.constexpr, BLOCK: tl.constexpr
 def store_rows(x, tile, n, h, start, valid, first, D: tl.constexpr):
     """As :func:`load_rows`."""
     r, d = tl.arange(0, valid.shape[0]), tl.arange(0, tile.shape[1]) + first
-    base = x.ptr + n * x.n + h * x.h + tl.cast(start, tl.int64) * x.l
+    base = x.ptr + n * x.n + tl.cast(h, tl.int64) * x.h + tl.cast(start, tl.int64) * x.l
     inside = valid[:, None] & (d < D)[None, :]
     at = base + r[:, None] * x.l + d[None, :] * x.d
     tl.store(at, tile.to(x.ptr.dtype.element_ty), inside)
@@ -134,9 +134,11 @@ def project(x, n, h, start, valid, given, weights, block, map, ACROSS: tl.conste
         if ACROSS:
             u = tl.trans(u)
     elif ACROSS:
-        u = tl.dot(tl.trans(weights), tl.trans(given), input_precision=map.PRECISION) * map.scale
+        u = tl.dot(tl.trans(weights), tl.trans(given), input_precision=map.PRECISION)
     else:
-        u = tl.dot(given, weights, input_precision=map.PRECISION) * map.scale
+        u = tl.dot(given, weights, input_precision=map.PRECISION)
+    if map.weights is not None and map.KIND != "hyperbolic":  # whose features include the scale
+        u *= map.scale
     return u
 
 
@@ -170,7 +172,7 @@ def encode(u, offset, valid, block, part, map, ACROSS: tl.constexpr):
     if map.KIND == "logarithm":
         phi, none = u * 1.4426950408889634, float("-inf")
     elif map.KIND == "hyperbolic":
-        phi, none = u * (1.0 - 2.0 * part), float("-inf")
+        phi, none = u * (map.scale * (1.0 - 2.0 * part)), float("-inf")
         if valid is not None:
             phi += offset[None, :] if ACROSS else offset[:, None]
     elif map.KIND == "fourier":

@@ -18,12 +18,12 @@ def attend(
     q: Tensor, k: Tensor, v: Tensor, state: Sums, cu: Tensor | None, cu_keys: Tensor | None,
 ) -> tuple[Tensor, Sums, Tensor | None]:  # fmt: skip
     """Values (N, L, H*R, M) in the dtype of ``v``, the final sums, (sequences * H, F, M) and
-    (sequences * H, F), and norms (N, L, H*R) for the backward pass, if ``settings.keep``."""
+    (sequences * H, F), and norms (N, H*R, L) for the backward pass, if ``settings.keep``."""
     call = prepare(settings, causal, projection, mask, q, k, v, *state, cu, cu_keys)
     inputs = call.inputs(projection, mask, q, k, v)
     n, length = q.shape[:2]
     out = q.new_empty(*q.shape[:3], v.shape[3], dtype=v.dtype)
-    norm = call.empty(*q.shape[:3]) if settings.keep else None
+    norm = call.empty(n, call.q_heads, length) if settings.keep else None
     final = call.sums((n if cu_keys is None else cu_keys.shape[0] - 1) * call.heads)
     to = rows(out), norm, settings.eps
     if call.carried:
@@ -49,17 +49,17 @@ def differentiate(
     start, total = _seed(call, final, d_kv, d_z), NOTHING
     if state.kv is not None or not causal:
         total = call.sums(final.kv.shape[0] // call.heads * call.q_heads)
-    given = rows(d_out), norm, torch.empty_like(norm)  # the last is delta
+    d_rows, numbers = rows(d_out), call.empty(*norm.shape, 2)
     before, flags = final, None
     if causal:
         before, flags = _along_keys(call, inputs, k, cu_keys, state, NOTHING, True)
-    tensors = before, flags, *given, rows(out), rows(dq)
+    tensors = before, flags, d_rows, norm, numbers, rows(out), rows(dq)
     call.each(backward.differentiate_queries, inputs, n, length, cu, *tensors)
     del before, tensors  # their memory serves what follows
     plan = call.segments(n, length, call.q_heads, call.blocks * call.columns, cu)
-    walk = (inputs.q, *given, length), plan, call.q_heads, inputs.walk_map
+    walk = (inputs.q, d_rows, numbers, length), plan, call.q_heads, inputs.walk_map
     after, flags = call.along(sums.walk_queries, *walk, start, total, causal)
-    tensors = after, flags, *given, rows(dk), rows(dv)
+    tensors = after, flags, d_rows, numbers, rows(dk), rows(dv)
     call.each(backward.differentiate_keys, inputs, n, k.shape[1], cu_keys, *tensors)
     if call.groups > 1:
         dk, dv = (x.unflatten(2, (call.heads, -1)).sum(3).to(k.dtype) for x in (dk, dv))

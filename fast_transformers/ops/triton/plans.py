@@ -23,36 +23,39 @@ class Config(NamedTuple):
     Attributes:
         block: directions that a program with rows of its own works on at a time.
         walk_block: directions of a program that walks along a sequence.
-        rows: queries or keys of a program.
-        chunk: rows between two stored sums, a multiple of ``rows``.
-        columns: value dimensions of a program, where they can be worked on apart.
-        registers: most of them a thread, None to leave it to the compiler.
-        stages: of programs with rows, of those that walk, and of those that carry sums.
+        rows: of a program: queries for their values, queries for their gradients, and keys.
+        chunk: rows between two stored sums, a multiple of ``rows`` in causal attention.
+        registers: most of them a thread, of programs with queries, of those with keys, and of
+            those that walk; None to leave it to the compiler.
+        stages: of programs with rows, of those that walk, and of those that carry sums. With one
+            stage Triton 3.6 makes kernels that fault now and then.
         programs: segments are made until there are that many.
     """
 
     block: int
     walk_block: int
-    rows: int
+    rows: tuple[int, int, int]
     chunk: int
-    columns: int
-    registers: int | None
-    stages: int
-    walk_stages: int
-    carry_stages: int
+    registers: tuple[int | None, int | None, int | None]
+    stages: tuple[int, int, int]
     programs: int
 
 
 WARPS = 4
+COLUMNS = 64  # value dimensions of a program, where they can be worked on apart
+# factors of 32 bits
+PRECISE = Config(32, 32, (32, 32, 32), 64, (None, None, None), (2, 2, 2), 1024)
+# whether maps multiply by weights, and whether attention is causal
+SHORT = {
+    (True, True): Config(32, 64, (64, 64, 64), 64, (168, None, 168), (3, 3, 2), 792),
+    (True, False): Config(32, 64, (128, 64, 64), 64, (168, 168, 168), (3, 3, 2), 792),
+    (False, True): Config(64, 64, (64, 64, 64), 64, (128, 128, None), (2, 3, 2), 256),
+    (False, False): Config(64, 64, (64, 128, 64), 128, (None, None, None), (2, 3, 2), 512),
+}
 
 
-def config(m: int, projected: bool, operand: torch.dtype) -> Config:
-    columns = min(64, size_of(m))
-    if operand == torch.float32:  # factors that take twice the memory
-        return Config(32, 32, 32, 64, columns, None, 1, 1, 1, 1024)
-    if projected:
-        return Config(32, 64, 64, 64, columns, 168, 2, 3, 2, 1024)
-    return Config(64, 64, 64, 64, columns, None, 2, 3, 2, 1024)
+def config(projected: bool, causal: bool, operand: torch.dtype) -> Config:
+    return PRECISE if operand == torch.float32 else SHORT[projected, causal]
 
 
 def operand_of(kind: str, dtype: torch.dtype) -> tuple[torch.dtype, str]:

@@ -100,8 +100,9 @@ def step(
     ``first`` and ``second`` are numbers of the kind: factor of |x|^2 and constant of
     "hyperbolic", amplitude of the waves and the constant feature of "fourier".
     """
-    pid = tl.program_id(0).to(tl.int64)
-    n, h = pid // heads, pid % heads
+    pid = tl.program_id(0)
+    n, h = (pid // heads).to(tl.int64), (pid % heads).to(tl.int64)
+    pid = pid.to(tl.int64)
     q, k, v = q + n * q_n + h * q_h, k + n * k_n + h * k_h, v + n * v_n + h * v_h
     if kv is not None:
         kv, z = kv + pid * F * M, z + pid * F
