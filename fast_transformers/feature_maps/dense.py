@@ -52,6 +52,7 @@ class OptimalPositiveFeatures(RandomFeatureMap):
     exponential = True
     positive = True
     estimates = "softmax"
+    fitted_buffers = ("log_rho",)
     log_rho: Tensor
 
     def __init__(
@@ -85,7 +86,7 @@ class OptimalPositiveFeatures(RandomFeatureMap):
     def feature_dims(self) -> int:
         return self.n_dims
 
-    def calibrate(self, queries: Tensor, keys: Tensor) -> None:
+    def _calibrate(self, queries: Tensor, keys: Tensor) -> None:
         """Fit to the moments of examples (..., H, E)."""
         self.set_moments(Moments.of(queries, self.heads), Moments.of(keys, self.heads))
 
@@ -186,6 +187,7 @@ class DenseExponentialFeatures(OptimalPositiveFeatures):
         ValueError: for another ``mode``, or an ``n_dims`` or ``heads`` below 1.
     """
 
+    fitted_buffers = ("log_rho", "of_queries")
     of_queries: Tensor
     of_keys: Tensor
 
@@ -224,6 +226,13 @@ class DenseExponentialFeatures(OptimalPositiveFeatures):
         if one_a:
             mean_square = mean_square.mean(-1, keepdim=True).expand(mean_square.shape)
         self._set(matrix, other, optimal_a(mean_square))
+
+    def moved(self, changes: dict[str, Tensor]) -> dict[str, Tensor]:
+        """G (1 + change), and G^-T to go with it."""
+        changes = dict(changes)
+        one = torch.eye(self.query_dimensions).to(self.of_queries) + changes.pop("of_queries")
+        matrix, other = self.of_queries @ one, self.of_keys @ torch.linalg.inv(one).mT
+        return {**super().moved(changes), "of_queries": matrix, "of_keys": other}
 
     @torch.no_grad()
     def set_transform(self, matrix: Tensor, a: Tensor) -> None:

@@ -83,7 +83,7 @@ class Wrapper(FeatureMap):
             if isinstance(inner, RandomFeatureMap | Wrapper):
                 inner.resample(generator)
 
-    def calibrate(self, queries: Tensor, keys: Tensor) -> None:
+    def _calibrate(self, queries: Tensor, keys: Tensor) -> None:
         for inner in self.maps:
             inner.calibrate(queries, keys)
 
@@ -124,8 +124,8 @@ class Normalized(Wrapper):
     def feature_dims(self) -> int:
         return self.inner.feature_dims
 
-    def calibrate(self, queries: Tensor, keys: Tensor) -> None:
-        super().calibrate(self._input(queries), self._input(keys))
+    def _calibrate(self, queries: Tensor, keys: Tensor) -> None:
+        super()._calibrate(self._input(queries), self._input(keys))
 
     def forward_queries(self, x: Tensor) -> Tensor:
         return self._features(self.inner.forward_queries, self.inner.log_queries, x)

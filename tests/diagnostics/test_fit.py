@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from fast_transformers.diagnostics import attention_report, fit, make_sample
-from fast_transformers.diagnostics.fit import cross_entropy
 from fast_transformers.diagnostics.measures import exact, measure
 from fast_transformers.diagnostics.weights import linear_weights, logits_of, softmax_weights
+from fast_transformers.feature_maps.fitting import cross_entropy
 from fast_transformers.masking import TriangularCausalMask
 from fast_transformers.specs import parse_feature_map
 
@@ -34,7 +34,8 @@ def test_the_loss_is_the_divergence_of_the_report(spec) -> None:
         exact(p, logits_of(sample), sample.shown(), None),
     )
     entropy = -torch.xlogy(p, p).sum(-1).mean()
-    loss = cross_entropy(feature_map, sample).detach()
+    rows = torch.arange(48)
+    loss = cross_entropy(feature_map, q, k, rows, sample.shown(), 0.25).detach()
     assert float(loss) == pytest.approx(float(found.kl + entropy), rel=1e-3)
 
 
