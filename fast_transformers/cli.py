@@ -138,7 +138,7 @@ def _add_compare(parser: argparse.ArgumentParser) -> None:
         default="synthetic",
         metavar="SOURCE",
         help="synthetic (the default), the folder of a run, a safetensors file with q and k "
-        "(N, L, H, E), or minilm, a pretrained encoder",
+        "(N, L, H, E), minilm, a pretrained encoder, or mqar, models trained to recall",
     )
     add(
         "--feature-map",

@@ -14,7 +14,7 @@ from .diagnostics.page import Section, page, png
 from .diagnostics.sources import Source, from_file, synthetic
 from .specs import parse_feature_map
 
-SYNTHETIC, MINILM = "synthetic", "minilm"
+SYNTHETIC, MINILM, MQAR = "synthetic", "minilm", "mqar"
 DRAWN = ("dims", "length", "heads", "logit_std", "seed")
 EXTRA = "pip install fast-transformers[compare]"
 
@@ -37,6 +37,14 @@ def compare(args: argparse.Namespace) -> int:
             specs, draws=args.draws or 3, tokens=args.length or TOKENS, steps=args.fit,
             progress=progress,
         )  # fmt: skip
+    elif args.source == MQAR:
+        from .recall import mqar_page
+
+        _only(args, ("length",))
+        _calibrates_itself(args)
+        if args.fit or args.draws:
+            raise ValueError("--fit and --draws have no meaning for mqar, which trains the models")
+        title, sections = mqar_page(specs, length=args.length, progress=progress)
     else:
         for name in ("matplotlib", "tqdm"):
             _needs(name)

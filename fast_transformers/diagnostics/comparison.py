@@ -180,15 +180,14 @@ class Comparison:
 
     def _calibration(self) -> str:
         """On what maps with statistics were calibrated, and fitted."""
-        how = (
-            f"calibrated, and fitted in {self.fit_steps} steps" if self.fit_steps else "calibrated"
-        )
+        what = "Maps with statistics were calibrated"
+        if self.fit_steps:
+            what += (
+                f", and those called fitted moved in {self.fit_steps} steps of gradient descent,"
+            )
         if self.source.separate:
-            return f"Maps with statistics were {how} on other inputs than those measured."
-        return (
-            f"Maps with statistics were {how} on the very inputs that were measured, as there "
-            "are no others, which flatters them."
-        )
+            return f"{what} on other inputs than those measured."
+        return f"{what} on the very inputs that were measured, for want of others, which flatters."
 
     def _suggestion(self) -> Section:
         found = suggest(*self._few(self._middle)[:2], self.error, draws=2)

@@ -237,7 +237,7 @@ class ActivationFunctionFeatureMap(FeatureMap):
     """phi(x) = activation_function(x), element by element.
 
     The kernel is exact: sum_i f(x_i) f(y_i). Non-negative functions keep the denominator of the
-    attention positive.
+    attention positive; that of Katharopoulos et al. 2020 is :func:`elu_feature_map`.
 
     Args:
         query_dimensions: E, which is also the number of features.
@@ -290,5 +290,6 @@ def elu_feature_map(query_dims: int) -> ActivationFunctionFeatureMap:
 
 
 def relu_feature_map(query_dims: int) -> ActivationFunctionFeatureMap:
-    """phi(x) = relu(x)."""
+    """phi(x) = relu(x): equation 5 of "Rethinking Attention with Performers" (2021) without the
+    projection."""
     return ActivationFunctionFeatureMap(query_dims, torch.relu)

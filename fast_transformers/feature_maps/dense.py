@@ -25,10 +25,11 @@ def optimal_a(mean_square: Tensor) -> Tensor:
 class OptimalPositiveFeatures(RandomFeatureMap):
     """phi_i(x) = D exp(A |w_i|^2 + sqrt(1 - 4 A) w_i.x' - |x'|^2 / 2) / sqrt(F): FAVOR++.
 
-    D = (1 - 4 A)^(E/4), x' = sqrt(softmax_temp) x: positive, unbiased for exp(softmax_temp x.y)
-    at any A < 1/8, and bounded for A < 0. Likhosherstov et al. 2022, "Chefs' Random Tables"
-    (arXiv:2205.15317), theorems 3.1 to 3.3 (OPRF): the A of smallest variance for the mean of
-    |x' + y'|^2 over queries and keys. A = 0 is FAVOR+ with features of one sign.
+    D = (1 - 4 A)^(E/4), x' = sqrt(softmax_temp) x: positive, unbiased for exp(softmax_temp x.y) at
+    any A < 1/8, and bounded for A < 0. Likhosherstov et al. 2022, "Chefs' Random Tables"
+    (arXiv:2205.15317), theorem 3.1 (the features) and theorem 3.3 with equation 7 (OPRF): the A of
+    smallest variance for the mean of |x' + y'|^2 over queries and keys, equation 8. A = 0 is
+    FAVOR+ with features of one sign.
 
     The mean is that of :meth:`calibrate`; before, ``sum_norm``. It is a constant of the map, so
     no token sees another one. What is kept is log_rho = -log(1 - 8 A), any real number, so that
@@ -165,10 +166,11 @@ class DenseExponentialFeatures(OptimalPositiveFeatures):
 
     D = prod_l (1 - 4 A_l)^(1/4). x~.y~ = x'.y', so these are positive and unbiased for
     exp(softmax_temp x.y) whatever G and A < 1/8. Likhosherstov et al. 2023, "FAVOR#: Sharp
-    Attention Kernel Approximations via New Classes of Positive Random Features"
-    (arXiv:2302.00787) has the first three modes under these names. G and A come from the moments
-    of queries and keys that :meth:`calibrate` is given; before, from those of unit variance, where
-    all four are :class:`OptimalPositiveFeatures`. They are constants of the map, kept as buffers.
+    Attention Kernel Approximations via New Classes of Positive Random Features" (arXiv:2302.00787)
+    has the first three modes under these names: theorem 4.1 (the features and their variance), 4.2
+    (ADERF), 4.3 (SDERF), and SADERF by rescaling. G and A come from the moments of queries and
+    keys that :meth:`calibrate` is given; before, from those of unit variance, where all four are
+    :class:`OptimalPositiveFeatures`. They are constants of the map, kept as buffers.
 
     Args:
         query_dimensions: E.
