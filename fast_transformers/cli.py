@@ -138,7 +138,7 @@ def _add_compare(parser: argparse.ArgumentParser) -> None:
         default="synthetic",
         metavar="SOURCE",
         help="synthetic (the default), the folder of a run, a safetensors file with q and k "
-        "(N, L, H, E), or minilm, a pretrained encoder",
+        "(N, L, H, E), minilm, a pretrained encoder, or mqar, models trained to recall",
     )
     add(
         "--feature-map",
@@ -156,7 +156,14 @@ def _add_compare(parser: argparse.ArgumentParser) -> None:
         type=_positive,
         default=0,
         metavar="STEPS",
-        help="minilm: fit trained maps by so many steps on other texts first",
+        help="measure maps also after so many steps of gradient descent on what they are "
+        "calibrated on: means, alignments, trained weights",
+    )
+    add(
+        "--calibrate-on",
+        metavar="DATA",
+        help="for a file of q and k: another such file, so that the first is measured whole; for "
+        "a run: data as train takes it, default other sequences of its own",
     )
     add("--dims", type=_positive, help="dimensions of synthetic inputs, default 64")
     add("--length", type=_positive, help="tokens, of synthetic inputs and of texts; default 256")

@@ -14,7 +14,7 @@ from .diagnostics.page import Section, page, png
 from .diagnostics.sources import Source, from_file, synthetic
 from .specs import parse_feature_map
 
-SYNTHETIC, MINILM = "synthetic", "minilm"
+SYNTHETIC, MINILM, MQAR = "synthetic", "minilm", "mqar"
 DRAWN = ("dims", "length", "heads", "logit_std", "seed")
 EXTRA = "pip install fast-transformers[compare]"
 
@@ -32,16 +32,25 @@ def compare(args: argparse.Namespace) -> int:
         from .diagnostics.catalogue import TOKENS, minilm_page
 
         _only(args, ("length",))
+        _calibrates_itself(args)
         title, sections = minilm_page(
             specs, draws=args.draws or 3, tokens=args.length or TOKENS, steps=args.fit,
             progress=progress,
         )  # fmt: skip
+    elif args.source == MQAR:
+        from .recall import mqar_page
+
+        _only(args, ("length",))
+        _calibrates_itself(args)
+        if args.fit or args.draws:
+            raise ValueError("--fit and --draws have no meaning for mqar, which trains the models")
+        title, sections = mqar_page(specs, length=args.length, progress=progress)
     else:
-        if args.fit:
-            raise ValueError("--fit is for minilm alone")
         for name in ("matplotlib", "tqdm"):
             _needs(name)
-        comparison = Comparison(_source(args), specs or DEFAULT, args.draws or 3, args.error)
+        comparison = Comparison(
+            _source(args), specs or DEFAULT, args.draws or 3, args.error, args.fit
+        )
         title = comparison.source.title
         with progress(comparison.steps) as tick:
             sections = comparison.sections(tick)
@@ -92,8 +101,9 @@ def progress(steps: int) -> Iterator[Callable[[str], object]]:
 
 
 def _source(args: argparse.Namespace) -> Source:
-    """What the argument SOURCE names."""
+    """What the argument SOURCE names, with what maps are calibrated on."""
     if args.source == SYNTHETIC:
+        _calibrates_itself(args)
         given = {name: getattr(args, name) for name in DRAWN}
         return synthetic(**{name: value for name, value in given.items() if value is not None})
     _only(args, ())
@@ -101,9 +111,38 @@ def _source(args: argparse.Namespace) -> Source:
     if path.is_dir():
         from .hf.inspection import from_run
 
-        return from_run(path)
+        source = from_run(path)
+        return source if args.calibrate_on is None else _on_data(source, path, args.calibrate_on)
     _needs("safetensors")
-    return from_file(path)
+    return from_file(path, None if args.calibrate_on is None else Path(args.calibrate_on))
+
+
+def _on_data(source: Source, run: Path, data: str) -> Source:
+    """A run's queries and keys, with those of other data to calibrate on."""
+    from .diagnostics.capture import capture
+    from .diagnostics.sources import LONGEST, MOST_ROWS
+    from .hf.data import make_task
+    from .hf.recipe import Recipe
+    from .hf.runs import load_model
+
+    model, recipe = load_model(run), Recipe.load(run)
+    task = make_task(data, length=recipe.length, seed=recipe.seed)
+    if task.vocab_size != model.config.vocab_size:
+        raise ValueError(
+            f"--calibrate-on {data} has {task.vocab_size} tokens, the model in {run} "
+            f"{model.config.vocab_size}; take data of the kind that it was trained on"
+        )
+    found = capture(model, task.train.tokens[:MOST_ROWS, :LONGEST])
+    return source.calibrated_on(Source(f"sequences of {data}", found.layers, found.layers))
+
+
+def _calibrates_itself(args: argparse.Namespace) -> None:
+    """ValueError for a flag that is for files and runs."""
+    if args.calibrate_on is not None:
+        raise ValueError(
+            f"--calibrate-on is for files and runs; {args.source} has other inputs of its own to "
+            "calibrate on"
+        )
 
 
 def _only(args: argparse.Namespace, allowed: tuple[str, ...]) -> None:

@@ -175,7 +175,9 @@ def _key(keyword: ast.keyword) -> str:
 
 
 def _value(node: ast.expr) -> Any:
-    """A literal; a word that is no literal stands for itself."""
+    """A literal; a word that is no literal stands for itself, in a list too."""
+    if isinstance(node, ast.List | ast.Tuple):
+        return [_value(element) for element in node.elts]
     return node.id if isinstance(node, ast.Name) else ast.literal_eval(node)
 
 

@@ -29,6 +29,7 @@ ORDER = [
     "diagnostics",
     "hf",
     "info",
+    "recall",
     "compare",
     "cli",
     "__main__",

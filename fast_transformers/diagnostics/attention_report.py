@@ -115,12 +115,12 @@ def report_of(
     *,
     draws: int = 4,
     seed: int = 0,
-    prepare: Callable[[Any, Sample], object] | None = None,
     tick: Callable[[], object] = lambda: None,
+    first: Callable[[str, int, Any], object] = lambda *_: None,
 ) -> AttentionReport:
     """:func:`attention_report` of samples; ``tick`` is called after every map of every head.
 
-    ``prepare`` is called with each calibrated map and the examples of its head.
+    ``first`` is called with the name, the head, and the first draw of the map.
     """
     if draws < 1:
         raise ValueError(f"draws must be at least 1, got {draws}")
@@ -134,9 +134,12 @@ def report_of(
         found[UNIFORM].append(measure(uniform_weights(head), reference))
         for name, source in maps.items():
             measures = []
-            options: dict[str, Any] = {"draws": draws, "seed": seed + index, "prepare": prepare}
             made = None
-            for made in instances(source, head.q.shape[-1], examples=calibrated_on, **options):
+            for made in instances(
+                source, head.q.shape[-1], draws=draws, seed=seed + index, examples=calibrated_on
+            ):
+                if not measures:
+                    first(name, index, made)
                 measures.append(measure(linear_weights(made, head), reference))
             found[name].append(mean_of(measures))
             features[name] = getattr(made, "feature_dims", None)

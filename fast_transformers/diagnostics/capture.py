@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -44,8 +45,8 @@ class Capture(NamedTuple):
         calibration: Capture | None = None,
         draws: int = 4,
         seed: int = 0,
-        prepare: Callable[[Any, Sample], object] | None = None,
         tick: Callable[[], object] = lambda: None,
+        first: Callable[[str, str, int, Any], object] = lambda *_: None,
     ) -> dict[str, AttentionReport]:
         """An :func:`~fast_transformers.diagnostics.attention_report` of every layer.
 
@@ -54,8 +55,8 @@ class Capture(NamedTuple):
             calibration: of the same model on other inputs, for maps that have statistics; None
                 takes this one, which flatters them.
             draws, seed: see ``attention_report``.
-            prepare: called with each map that was calibrated and the examples of its head.
             tick: called after every map of every head, for a progress bar.
+            first: called with the layer, the name of the map, the head, and the first draw.
 
         Raises:
             ValueError: if there are no maps to report on.
@@ -65,11 +66,11 @@ class Capture(NamedTuple):
         for index, (name, sample) in enumerate(self.layers.items()):
             maps = {} if feature_maps is None else named(feature_maps)
             options: dict[str, Any] = {"draws": draws, "seed": seed + 1000 * index}
-            options["prepare"] = prepare
             if feature_maps is None:
                 if name not in self.own:
                     raise ValueError(f"{name} is softmax attention; pass feature_maps to try")
                 maps, options["draws"] = {type(self.own[name]).__name__: self.own[name]}, 1
+            options["first"] = partial(first, name)
             reports[name] = report_of(maps, sample, examples[name], tick=tick, **options)
         return reports
 

@@ -7,9 +7,11 @@ from contextlib import AbstractContextManager
 
 from .encoder import EncoderReport, encoder_report, minilm, python_topics, windows
 from .page import Section
+from .sample import with_fits
 
 TEXTS = 24  # measured; the others are what maps are calibrated on
 TOKENS = 256
+HEAD_DIMS = 32
 CATALOGUE = (
     # one size, or the one nearest to 256 features at 32 dimensions
     "elu",
@@ -50,17 +52,9 @@ CATALOGUE = (
     "centered:inner='derf:n_dims=256'",
 )
 
-TRAINED = (
-    "t2r:n_dims=256",
-    "hedgehog",
-    "hedgehog:normalize=none",
-    "rebased",
-    "projected:inner=taylor, dim=21",
-    "projected:inner='centered:inner=taylor', dim=21",
-    "projected:inner='favor:n_dims=256', dim=32",
-    "centered:inner=taylor, learned=True",
-    "centered:inner='favor:n_dims=256', learned=True",
-    "centered:inner='derf:n_dims=256', learned=True",
+FITTED = (  # every map of the catalogue with something to fit, and those that are mostly trained
+    *(spec for spec in CATALOGUE if spec.startswith(("lln", "t2r", "hedgehog", "rebased"))),
+    *(spec for spec in CATALOGUE if spec.startswith(("oprf", "derf", "projected", "centered"))),
 )
 
 Progress = Callable[[int], AbstractContextManager[Callable[[str], object]]]
@@ -70,6 +64,9 @@ def minilm_report(
     specs: Sequence[str], *, draws: int, tokens: int, steps: int, progress: Progress
 ) -> EncoderReport:
     """Maps in all 72 heads of all-MiniLM-L6-v2, on pages of Python's own help.
+
+    With ``steps`` above 0 each map that has something to fit is measured twice: as its moments
+    leave it, and fitted in so many steps.
 
     The texts are taken in turn: those measured and those that maps are calibrated on have the
     same distribution, and none is in both.
@@ -83,15 +80,10 @@ def minilm_report(
     model, tokenizer = minilm()
     ids = windows(tokenizer, python_topics(), tokens)
     measured, calibration = ids[::2][:TEXTS], ids[1::2]
-    with progress(2 * len(specs) * 72) as tick:
+    maps = with_fits(specs, HEAD_DIMS, steps)
+    with progress(len(maps) * 72) as tick:
         return encoder_report(
-            specs,
-            model,
-            measured,
-            calibration,
-            draws=draws,
-            steps=steps,
-            tick=lambda: tick("MiniLM"),
+            maps, model, measured, calibration, draws=draws, tick=lambda: tick("MiniLM")
         )
 
 
@@ -99,7 +91,7 @@ def minilm_page(
     specs: Sequence[str], *, draws: int, tokens: int, steps: int, progress: Progress
 ) -> tuple[str, list[Section]]:
     """Title and sections of a page on :func:`minilm_report`; no specs means all maps."""
-    specs = specs or (TRAINED if steps else CATALOGUE)
+    specs = specs or (FITTED if steps else CATALOGUE)
     report = minilm_report(specs, draws=draws, tokens=tokens, steps=steps, progress=progress)
     title = (
         f"the 72 heads (32 dimensions) of all-MiniLM-L6-v2, {report.texts} texts of "
@@ -113,7 +105,7 @@ def minilm_page(
         "embedding (the mean of the last states) to the exact model's when the map is in the "
         "place of all attention at once; mean and least over the texts. "
         + (
-            f"Maps were fitted to those texts in {steps} steps."
+            f"Rows that say so were fitted to those texts in {steps} steps of gradient descent."
             if steps
             else "Nothing was trained."
         ),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from . import plots
 from .attention_report import UNIFORM, AttentionReport, join_reports, report_of
@@ -11,7 +12,7 @@ from .capacity import capacity
 from .curves import error_curves, has_size, kernel_curves, variance_curves
 from .kernel_report import kernel_report
 from .page import Section
-from .sample import MapLike, Sample, instances, merge_heads, named
+from .sample import MapLike, Sample, instances, merge_heads, with_fits
 from .scale import ScaleReport, scale_of
 from .sources import Source
 from .suggest import suggest
@@ -78,17 +79,19 @@ class Comparison:
         specs: of the maps.
         draws: of each random map.
         error: what :func:`suggest` is asked for.
+        fit_steps: of gradient descent on the examples; 0 measures no fitted maps.
     """
 
     source: Source
     specs: Sequence[str] = DEFAULT
     draws: int = 3
     error: float = 0.3
+    fit_steps: int = 0
 
     @property
     def steps(self) -> int:
         """How often :meth:`sections` calls its ``tick``."""
-        maps = len(self.specs) + bool(self.source.own)
+        maps = len(self._maps) + bool(self.source.own)
         heads = sum(sample.q.shape[2] for sample in self.source.samples.values())
         sweeps = len(SIZES) * len(self._sized) * self._few(self._middle).q.shape[2]
         return maps * heads + sweeps + 6
@@ -111,6 +114,12 @@ class Comparison:
         tick("capacity")
         found.append(self._capacity())
         return found
+
+    @cached_property
+    def _maps(self) -> dict[str, MapLike]:
+        """What the first table has: every map, and fitted beside it if that is asked for."""
+        dims = self.source.samples[self._middle].q.shape[-1]
+        return with_fits(self.specs, dims, self.fit_steps)
 
     @property
     def _sized(self) -> list[str]:
@@ -147,7 +156,7 @@ class Comparison:
     def _attention(self, tick: Tick) -> Section:
         reports = {}
         for index, (name, sample) in enumerate(self.source.samples.items()):
-            maps = named(list(self.specs))
+            maps = dict(self._maps)
             if name in self.source.own:
                 maps["the model's own"] = self.source.own[name]
             reports[name] = report_of(
@@ -165,10 +174,20 @@ class Comparison:
             "Frobenius: relative error of the matrix of weights; output: of what comes out. "
             "top-1: queries whose largest weight is at the right key. denom.: 1 is sound, near 0 "
             "the denominator vanishes. A map with a KL above that of uniform attention tells "
-            "less about the keys than nothing at all. Maps with statistics were calibrated on "
-            "other inputs than those measured.",
+            "less about the keys than nothing at all. " + self._calibration(),
             tables,
         )
+
+    def _calibration(self) -> str:
+        """On what maps with statistics were calibrated, and fitted."""
+        what = "Maps with statistics were calibrated"
+        if self.fit_steps:
+            what += (
+                f", and those called fitted moved in {self.fit_steps} steps of gradient descent,"
+            )
+        if self.source.separate:
+            return f"{what} on other inputs than those measured."
+        return f"{what} on the very inputs that were measured, for want of others, which flatters."
 
     def _suggestion(self) -> Section:
         found = suggest(*self._few(self._middle)[:2], self.error, draws=2)

@@ -5,18 +5,15 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..feature_maps import FeatureMap
 from .attention_report import SOFTMAX, UNIFORM, AttentionReport, AttentionRow
-from .capture import Capture, capture
-from .fit import fit_to
-from .sample import MapLike, MapsLike, Sample, instances, named
+from .capture import capture
+from .sample import MapsLike, Sample, named
 from .table import Cell, Report
 from .weights import linear_weights, softmax_weights, uniform_weights
 
@@ -124,7 +121,6 @@ def encoder_report(
     *,
     draws: int = 3,
     seed: int = 0,
-    steps: int = 0,
     tick: Callable[[], object] = lambda: None,
 ) -> EncoderReport:
     """Put maps in the place of every attention of an encoder of Hugging Face transformers.
@@ -138,9 +134,7 @@ def encoder_report(
         measured: ids (texts, tokens) to measure on. calibration: ids of other texts.
         draws: of each random map; embeddings are those of the first draw.
         seed: of the draws.
-        steps: of :func:`~fast_transformers.diagnostics.fit` on the other texts, for maps with
-            trained parameters.
-        tick: called after every map of every head, twice.
+        tick: called after every map of every head.
 
     Raises:
         ValueError: if a text is in both.
@@ -152,17 +146,29 @@ def encoder_report(
         )
     maps = named(feature_maps)
     found, examples = capture(model, measured), capture(model, calibration)
-    prepare = partial(_fit, steps=steps)
+    made: dict[tuple[str, str, int], Any] = {}
+
+    def remember(layer: str, name: str, head: int, feature_map: Any) -> None:
+        made[name, layer, head] = feature_map
+
     report = found.overall(
-        maps, calibration=examples, draws=draws, seed=seed, prepare=prepare, tick=tick
+        maps, calibration=examples, draws=draws, seed=seed, tick=tick, first=remember
     )
     embed = _Embedding(model, measured)
     cosines = {
         SOFTMAX: embed.cosines(lambda _, sample: softmax_weights(sample)),
         UNIFORM: embed.cosines(lambda _, sample: uniform_weights(sample)),
     }
-    for name, source in maps.items():
-        cosines[name] = embed.cosines(_Replacement(source, examples, seed, prepare, tick))
+    for name in maps:
+        cosines[name] = embed.cosines(
+            lambda layer, sample, name=name: torch.cat(
+                [
+                    linear_weights(made[name, layer, head], sample.head(head))
+                    for head in range(sample.q.shape[2])
+                ],
+                1,
+            )
+        )
     uniform = report[UNIFORM].kl
     rows = [_row(row, uniform, cosines[row.name]) for row in report.rows]
     sizes = (len(measured), len(calibration), measured.shape[1])
@@ -185,45 +191,6 @@ def _row(row: AttentionRow, uniform: Tensor, cosine: Tensor) -> EncoderRow:
         cosine=float(cosine.mean()),
         least=float(cosine.min()),
     )
-
-
-def _fit(made: Any, examples: Sample, steps: int) -> None:
-    if isinstance(made, FeatureMap):
-        fit_to(made, examples, steps=steps)
-
-
-class _Replacement:
-    """The weights of a map, for one layer after the other."""
-
-    def __init__(
-        self,
-        source: MapLike,
-        examples: Capture,
-        seed: int,
-        prepare: Callable[[Any, Sample], object],
-        tick: Callable[[], object],
-    ) -> None:
-        self._source, self._examples, self._seed = source, examples, seed
-        self._prepare, self._tick = prepare, tick
-
-    def __call__(self, name: str, sample: Sample) -> Tensor:
-        weights = []
-        layer = list(self._examples.layers).index(name)
-        for index in range(sample.q.shape[2]):
-            head, examples = sample.head(index), self._examples.layers[name].head(index)
-            seed = self._seed + 1000 * layer + index
-            made = next(
-                instances(
-                    self._source,
-                    head.q.shape[-1],
-                    seed=seed,
-                    examples=examples,
-                    prepare=self._prepare,
-                )
-            )
-            weights.append(linear_weights(made, head))
-            self._tick()
-        return torch.cat(weights, 1)
 
 
 class _Embedding:

@@ -12,10 +12,24 @@ from torch import Tensor, nn
 from ..attention.base import key_mask
 from ..attention.full_attention import kept
 from ..feature_maps import FeatureMap, RandomFeatureMap, build_feature_map
+from ..feature_maps.fitting import fit_weights, has_parts
 from ..masking import as_mask
 from ..specs import parse_feature_map
 
-MapLike = str | FeatureMap | Callable[[int], Any]
+
+class Fitted(NamedTuple):
+    """A map that is fitted to the examples after it was calibrated on them.
+
+    Attributes:
+        source: a spec or a factory.
+        steps: of gradient descent, see :func:`~fast_transformers.diagnostics.fit`.
+    """
+
+    source: str | Callable[[int], Any]
+    steps: int
+
+
+MapLike = str | FeatureMap | Callable[[int], Any] | Fitted
 MapsLike = MapLike | Sequence[MapLike] | Mapping[str, MapLike]
 
 
@@ -166,15 +180,17 @@ def instances(
     draws: int = 1,
     seed: int = 0,
     examples: Sample | None = None,
-    prepare: Callable[[Any, Sample], object] | None = None,
 ) -> Iterator[Any]:
     """The map, once for each draw of what is random in it, in evaluation mode.
 
-    A factory is called for every draw; of a ready map copies are drawn anew. A map without
+    A factory is called for every draw; of a ready map, or one that was fitted, copies are drawn
+    anew. A map without
     randomness comes once. Maps that have statistics are calibrated on ``examples`` unless they
-    came ready, and ``prepare`` is called with what was made. The global generator is left as it
-    was.
+    came ready, and fitted if they are :class:`Fitted`. The global generator is left as it was.
     """
+    steps = 0
+    if isinstance(source, Fitted):
+        source, steps = source
     for draw in range(draws):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed((seed * 1_000_003 + draw) % 2**63)
@@ -183,18 +199,40 @@ def instances(
                 if draws > 1:
                     _resample(made)
             else:
-                factory = parse_feature_map(source) if isinstance(source, str) else source
-                made = build_feature_map(factory, dims)
-                if isinstance(made, nn.Module):
-                    made.eval()
-                if examples is not None and isinstance(made, FeatureMap):
-                    made.to(examples.q.device)
-                    made.calibrate(examples.q, examples.k)
-                    if prepare is not None:
-                        prepare(made, examples)
+                made = _made(source, dims, examples, steps)
+        if steps and isinstance(made, nn.Module):
+            source = made  # what was fitted does not depend on the draw
         yield made
         if not is_random(made):
             return
+
+
+def _made(
+    source: str | Callable[[int], Any], dims: int, examples: Sample | None, steps: int
+) -> Any:
+    """What a factory makes, calibrated and fitted."""
+    factory = parse_feature_map(source) if isinstance(source, str) else source
+    made = build_feature_map(factory, dims)
+    if isinstance(made, nn.Module):
+        made.eval()
+    if examples is not None and isinstance(made, FeatureMap):
+        made.to(examples.q.device)
+        made.calibrate(examples.q, examples.k)
+        fit_weights(
+            made, examples.q, examples.k, keep=examples.keep,
+            softmax_temp=examples.softmax_temp, steps=steps,
+        )  # fmt: skip
+    return made
+
+
+def with_fits(specs: Sequence[str], dims: int, steps: int) -> dict[str, MapLike]:
+    """Specs by name, each followed by the same map fitted in ``steps`` if it has what to fit."""
+    maps: dict[str, MapLike] = {}
+    for spec in specs:
+        maps[spec] = spec
+        if steps and has_parts(next(instances(spec, dims))):
+            maps[f"{spec}, fitted"] = Fitted(spec, steps)
+    return maps
 
 
 def is_random(feature_map: Any) -> bool:

@@ -30,6 +30,29 @@ class Source(NamedTuple):
     examples: dict[str, Sample]
     own: dict[str, Any] = {}  # noqa: RUF012
 
+    @property
+    def separate(self) -> bool:
+        """Whether the examples are other inputs than those measured."""
+        return all(self.examples[name] is not sample for name, sample in self.samples.items())
+
+    def calibrated_on(self, other: Source) -> Source:
+        """The same, measured whole, with all of another source to calibrate on.
+
+        Raises:
+            ValueError: if that has other layers, or other numbers of heads and dimensions.
+        """
+        for name, sample in self.samples.items():
+            wanted, examples = sample.q.shape[2:], other.samples.get(name)
+            got = None if examples is None else examples.q.shape[2:]
+            if got != wanted:
+                raise ValueError(
+                    f"inputs to calibrate on need {name!r} with heads and dimensions "
+                    f"{tuple(wanted)}, got {'no such layer' if got is None else tuple(got)}"
+                )
+        return self._replace(
+            title=f"{self.title}, maps calibrated on {other.title}", examples=other.samples
+        )
+
 
 def synthetic(
     dims: int = 64, length: int = 256, heads: int = 2, logit_std: float = 1.0, seed: int = 0
@@ -57,16 +80,41 @@ def synthetic(
     return Source(title, {"synthetic": samples[0]}, {"synthetic": samples[1]})
 
 
-def from_file(path: Path) -> Source:
+def from_file(path: Path, examples: Path | None = None) -> Source:
     """Queries and keys in a safetensors file: ``q``, ``k`` and perhaps ``v``, (N, L, H, E).
 
     Bool ``keep`` (N or 1, H or 1, L, S) is a mask, () float ``softmax_temp`` the factor of the
-    dot products. With N > 1 the second half of the sequences is what maps are calibrated on.
+    dot products.
+
+    Args:
+        path: of the file.
+        examples: another such file to calibrate maps on. Without it the second half of the
+            sequences is kept for that, and a single sequence is both measured and calibrated on.
 
     Raises:
         OSError: for a file that is missing.
-        ValueError: for one that is no safetensors, or holds other tensors.
+        ValueError: for one that is no safetensors, or holds other tensors, or for examples that
+            are the file itself or have other heads or dimensions.
     """
+    if examples is None:
+        sample = _read(path)
+        measured, others = halves(sample)
+        return Source(_title(path, measured, sample), {path.stem: measured}, {path.stem: others})
+    if examples.exists() and path.exists() and examples.samefile(path):
+        raise ValueError(f"{path} is what is measured; calibrate on another file")
+    sample, other = _read(path), _read(examples)
+    source = Source(_title(path, sample, sample), {path.stem: sample}, {path.stem: sample})
+    given = Source(_title(examples, other, other), {path.stem: other}, {path.stem: other})
+    return source.calibrated_on(given)
+
+
+def _title(path: Path, used: Sample, whole: Sample) -> str:
+    count, _, heads, dims = whole.q.shape
+    return f"{path.name}: {len(used.q)} of {count} sequences, {heads} heads of {dims} dimensions"
+
+
+def _read(path: Path) -> Sample:
+    """What a safetensors file holds."""
     from safetensors import SafetensorError, safe_open
 
     if not path.is_file():
@@ -92,7 +140,7 @@ def from_file(path: Path) -> Source:
     return _from_tensors(path, found)
 
 
-def _from_tensors(path: Path, found: dict[str, Tensor]) -> Source:
+def _from_tensors(path: Path, found: dict[str, Tensor]) -> Sample:
     q, k, v = (None if found.get(n) is None else found[n].float() for n in "qkv")
     assert q is not None
     assert k is not None
@@ -112,9 +160,4 @@ def _from_tensors(path: Path, found: dict[str, Tensor]) -> Source:
             sample = sample._replace(keep=keep.bool().expand(shape))
     except (ValueError, RuntimeError) as error:
         raise ValueError(f"{path}: {error}") from error
-    measured, examples = halves(sample)
-    title = (
-        f"{path.name}: {measured.q.shape[0]} of {q.shape[0]} sequences, {q.shape[2]} heads of "
-        f"{q.shape[3]} dimensions"
-    )
-    return Source(title, {path.stem: measured}, {path.stem: examples})
+    return sample

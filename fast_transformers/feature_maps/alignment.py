@@ -1,4 +1,7 @@
-"""Linear maps G of queries and G^-T of keys, which keep dot products, from moments of both."""
+"""Linear maps G of queries and G^-T of keys, which keep dot products, from moments of both.
+
+FAVOR# is Likhosherstov et al. 2023 (arXiv:2302.00787).
+"""
 
 from __future__ import annotations
 
@@ -13,13 +16,13 @@ FLOOR = 1e-3  # of the mean eigenvalue: smaller ones are raised to it before the
 
 
 def rotation(queries: Moments, keys: Moments) -> tuple[Tensor, Tensor]:
-    """Eigenvectors of the second moment of the sum, for both sides."""
+    """Eigenvectors of the second moment of the sum, for both sides; theorem 4.3 of FAVOR#."""
     vectors = torch.linalg.eigh(of_sum(queries, keys)).eigenvectors
     return vectors, vectors
 
 
 def scaling(queries: Moments, keys: Moments) -> tuple[Tensor, Tensor]:
-    """A factor for each dimension that makes the second moments of both sides equal."""
+    """A factor for each dimension that makes the second moments of both sides equal: SADERF."""
     of_queries, of_keys = (_floored(m.second.diagonal(dim1=-2, dim2=-1)) for m in (queries, keys))
     factor = (of_keys / of_queries) ** 0.25
     return factor.diag_embed(), (1 / factor).diag_embed()
@@ -27,7 +30,7 @@ def scaling(queries: Moments, keys: Moments) -> tuple[Tensor, Tensor]:
 
 def alignment(queries: Moments, keys: Moments) -> tuple[Tensor, Tensor]:
     """G = Q1 L1^(-1/2) U S^(1/2) and G^-T = Q2 L2^(-1/2) V S^(1/2), for second moments Q L Q^T
-    and the singular values U S V^T of L1^(1/2) Q1^T Q2 L2^(1/2)."""
+    and the singular values U S V^T of L1^(1/2) Q1^T Q2 L2^(1/2); theorem 4.2 of FAVOR#."""
     (roots1, q1), (roots2, q2) = (_eigen(m.second) for m in (queries, keys))
     u, s, vh = torch.linalg.svd(roots1[..., None] * (q1.mT @ q2) * roots2[..., None, :])
     root = s.sqrt()[..., None, :]

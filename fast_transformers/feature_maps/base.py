@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..ops import Formula
 from ..ops.elementwise import NAMES, formula_of
+from .fitting import fit_weights
 
 
 class _Factory:
@@ -58,6 +59,7 @@ class FeatureMap(nn.Module):
         positional: whether the map must be told positions, see :meth:`add_positions`.
         estimates: "softmax" for a map that stands for exp(softmax_temp x.y), and has that
             ``softmax_temp``; "gaussian" for exp(-softmax_temp |x - y|^2 / 2); else "".
+        fitted_buffers: names of the statistics that ``calibrate(..., fit_steps=...)`` moves.
     """
 
     exponential = False
@@ -69,6 +71,7 @@ class FeatureMap(nn.Module):
     heads: int | None = None
     positional = False
     estimates = ""
+    fitted_buffers: tuple[str, ...] = ()
     _takes_device = True
 
     def __init__(self, query_dimensions: int) -> None:
@@ -135,16 +138,46 @@ class FeatureMap(nn.Module):
             raise NotImplementedError(f"the variance of {type(self).__name__} is not known")
         return torch.zeros_like(self.kernel(x, y))
 
-    def calibrate(self, queries: Tensor, keys: Tensor) -> None:
+    def calibrate(self, queries: Tensor, keys: Tensor, fit_steps: int = 0) -> None:
         """Set what the map knows of its inputs from examples; most maps need nothing.
 
         Statistics change here and nowhere else: features never depend on the other tokens of a
-        call. They are buffers, and so part of the state dict.
+        call. They are buffers, and so part of the state dict. A map of your own that has some
+        sets them in ``_calibrate``, which takes the queries and keys.
 
         Args:
             queries: (..., H, E) of any number of tokens, as attention sees them.
             keys: (..., H, E), the same.
+            fit_steps: steps of gradient descent that then move statistics (means, alignments,
+                factors) and trained weights until the weights of attention are those of softmax;
+                see :func:`~fast_transformers.feature_maps.fitting.fit_weights`. Queries and keys
+                are (N, length, H, E) for this, and every query sees all keys of its sequence;
+                with a mask call :func:`fast_transformers.diagnostics.fit` instead.
+
+        Raises:
+            ValueError: for ``fit_steps`` below 0, or with examples of another form.
         """
+        self._calibrate(queries, keys)
+        if fit_steps:
+            if queries.ndim != 4 or keys.ndim != 4:
+                raise ValueError(
+                    "fit_steps needs examples (N, length, H, E), got queries "
+                    f"{tuple(queries.shape)} and keys {tuple(keys.shape)}"
+                )
+            training = self.training
+            temp = getattr(self, "softmax_temp", None) if self.estimates == "softmax" else None
+            fit_weights(self, queries, keys, softmax_temp=temp, steps=fit_steps)
+            self.train(training)
+
+    def _calibrate(self, queries: Tensor, keys: Tensor) -> None:
+        """Set the statistics; see :meth:`calibrate`."""
+
+    def moved(self, changes: dict[str, Tensor]) -> dict[str, Tensor]:
+        """``fitted_buffers`` after a change of each, which starts at 0, by name; differentiable.
+
+        May return other buffers that follow from them.
+        """
+        return {name: self.get_buffer(name) + change for name, change in changes.items()}
 
     def add_positions(self, x: Tensor, start: int | Tensor = 0) -> Tensor:
         """What a positional map needs of positions, behind the dimensions of x (N, L, H, E).
@@ -204,7 +237,7 @@ class ActivationFunctionFeatureMap(FeatureMap):
     """phi(x) = activation_function(x), element by element.
 
     The kernel is exact: sum_i f(x_i) f(y_i). Non-negative functions keep the denominator of the
-    attention positive.
+    attention positive; that of Katharopoulos et al. 2020 is :func:`elu_feature_map`.
 
     Args:
         query_dimensions: E, which is also the number of features.
@@ -257,5 +290,6 @@ def elu_feature_map(query_dims: int) -> ActivationFunctionFeatureMap:
 
 
 def relu_feature_map(query_dims: int) -> ActivationFunctionFeatureMap:
-    """phi(x) = relu(x)."""
+    """phi(x) = relu(x): equation 5 of "Rethinking Attention with Performers" (2021) without the
+    projection."""
     return ActivationFunctionFeatureMap(query_dims, torch.relu)

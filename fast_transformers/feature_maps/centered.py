@@ -48,6 +48,7 @@ class Centered(Wrapper):
     """
 
     estimates = "softmax"
+    fitted_buffers = ("of_queries", "of_keys")
     of_queries: Tensor
     of_keys: Tensor
 
@@ -79,7 +80,7 @@ class Centered(Wrapper):
         return self.inner.feature_dims
 
     @torch.no_grad()
-    def calibrate(self, queries: Tensor, keys: Tensor) -> None:
+    def _calibrate(self, queries: Tensor, keys: Tensor) -> None:
         """Set a and b to the means of examples (..., H, E), and calibrate the inner map."""
         heads = self.heads if self.of_queries.ndim == 2 else None
         self.of_queries.copy_(Moments.of(queries, heads).mean)

@@ -17,10 +17,10 @@ class CosReweight(Wrapper):
     """[phi(x_i) cos t_i, phi(x_i) sin t_i], t_i = pi (i + 1/2) / (2 M): cosFormer.
 
     The kernel of positions i and j is that of phi times cos(pi (i - j) / (2 M)). Qin et al. 2022,
-    "cosFormer: Rethinking Softmax in Attention" (arXiv:2202.08791), for phi = relu;
-    the half turns no weight negative, and keeps every factor above 0, so that logarithms exist.
-    M is a constant: with the length of the call in its place, as in the authors' code, a token
-    would change when others follow.
+    "cosFormer: Rethinking Softmax in Attention" (arXiv:2202.08791), its cos-based re-weighting for
+    phi = relu; the half turns no weight negative, and keeps every factor above 0, so that
+    logarithms exist. M is a constant: with the length of the call in its place, as in the authors'
+    code, a token would change when others follow.
 
     Attention adds the positions; features called by themselves want them behind the dimensions,
     see :meth:`add_positions`.

@@ -25,10 +25,11 @@ def optimal_a(mean_square: Tensor) -> Tensor:
 class OptimalPositiveFeatures(RandomFeatureMap):
     """phi_i(x) = D exp(A |w_i|^2 + sqrt(1 - 4 A) w_i.x' - |x'|^2 / 2) / sqrt(F): FAVOR++.
 
-    D = (1 - 4 A)^(E/4), x' = sqrt(softmax_temp) x: positive, unbiased for exp(softmax_temp x.y)
-    at any A < 1/8, and bounded for A < 0. Likhosherstov et al. 2022, "Chefs' Random Tables"
-    (arXiv:2205.15317), theorems 3.1 to 3.3 (OPRF): the A of smallest variance for the mean of
-    |x' + y'|^2 over queries and keys. A = 0 is FAVOR+ with features of one sign.
+    D = (1 - 4 A)^(E/4), x' = sqrt(softmax_temp) x: positive, unbiased for exp(softmax_temp x.y) at
+    any A < 1/8, and bounded for A < 0. Likhosherstov et al. 2022, "Chefs' Random Tables"
+    (arXiv:2205.15317), theorem 3.1 (the features) and theorem 3.3 with equation 7 (OPRF): the A of
+    smallest variance for the mean of |x' + y'|^2 over queries and keys, equation 8. A = 0 is
+    FAVOR+ with features of one sign.
 
     The mean is that of :meth:`calibrate`; before, ``sum_norm``. It is a constant of the map, so
     no token sees another one. What is kept is log_rho = -log(1 - 8 A), any real number, so that
@@ -52,6 +53,7 @@ class OptimalPositiveFeatures(RandomFeatureMap):
     exponential = True
     positive = True
     estimates = "softmax"
+    fitted_buffers = ("log_rho",)
     log_rho: Tensor
 
     def __init__(
@@ -85,7 +87,7 @@ class OptimalPositiveFeatures(RandomFeatureMap):
     def feature_dims(self) -> int:
         return self.n_dims
 
-    def calibrate(self, queries: Tensor, keys: Tensor) -> None:
+    def _calibrate(self, queries: Tensor, keys: Tensor) -> None:
         """Fit to the moments of examples (..., H, E)."""
         self.set_moments(Moments.of(queries, self.heads), Moments.of(keys, self.heads))
 
@@ -164,10 +166,11 @@ class DenseExponentialFeatures(OptimalPositiveFeatures):
 
     D = prod_l (1 - 4 A_l)^(1/4). x~.y~ = x'.y', so these are positive and unbiased for
     exp(softmax_temp x.y) whatever G and A < 1/8. Likhosherstov et al. 2023, "FAVOR#: Sharp
-    Attention Kernel Approximations via New Classes of Positive Random Features"
-    (arXiv:2302.00787) has the first three modes under these names. G and A come from the moments
-    of queries and keys that :meth:`calibrate` is given; before, from those of unit variance, where
-    all four are :class:`OptimalPositiveFeatures`. They are constants of the map, kept as buffers.
+    Attention Kernel Approximations via New Classes of Positive Random Features" (arXiv:2302.00787)
+    has the first three modes under these names: theorem 4.1 (the features and their variance), 4.2
+    (ADERF), 4.3 (SDERF), and SADERF by rescaling. G and A come from the moments of queries and
+    keys that :meth:`calibrate` is given; before, from those of unit variance, where all four are
+    :class:`OptimalPositiveFeatures`. They are constants of the map, kept as buffers.
 
     Args:
         query_dimensions: E.
@@ -186,6 +189,7 @@ class DenseExponentialFeatures(OptimalPositiveFeatures):
         ValueError: for another ``mode``, or an ``n_dims`` or ``heads`` below 1.
     """
 
+    fitted_buffers = ("log_rho", "of_queries")
     of_queries: Tensor
     of_keys: Tensor
 
@@ -224,6 +228,13 @@ class DenseExponentialFeatures(OptimalPositiveFeatures):
         if one_a:
             mean_square = mean_square.mean(-1, keepdim=True).expand(mean_square.shape)
         self._set(matrix, other, optimal_a(mean_square))
+
+    def moved(self, changes: dict[str, Tensor]) -> dict[str, Tensor]:
+        """G (1 + change), and G^-T to go with it."""
+        changes = dict(changes)
+        one = torch.eye(self.query_dimensions).to(self.of_queries) + changes.pop("of_queries")
+        matrix, other = self.of_queries @ one, self.of_keys @ torch.linalg.inv(one).mT
+        return {**super().moved(changes), "of_queries": matrix, "of_keys": other}
 
     @torch.no_grad()
     def set_transform(self, matrix: Tensor, a: Tensor) -> None:

@@ -12,7 +12,8 @@ class DPFP(FeatureMap):
     """phi(x) = [z_i z_{i-j}], z = [relu(x), relu(-x)] of 2 E entries, j = 1..nu, cyclic.
 
     The deterministic parameter-free projection of Schlag, Irie and Schmidhuber 2021, "Linear
-    Transformers Are Secretly Fast Weight Programmers" (arXiv:2102.11174), section 5.3: sparse,
+    Transformers Are Secretly Fast Weight Programmers" (arXiv:2102.11174), section 5.4 and
+    equation 37: sparse,
     non-negative and, for most pairs, nearly orthogonal, which is what recalling many pairs needs.
     Two tokens may share no feature; a denominator of 0 gives 0.
 

@@ -79,6 +79,7 @@ class LogNormal(FeatureMap):
     exponential = True
     drawn = True
     positive = True
+    fitted_buffers = ("alpha", "beta")
     alpha: Tensor
     beta: Tensor
 
@@ -96,7 +97,7 @@ class LogNormal(FeatureMap):
         return self.query_dimensions
 
     @torch.no_grad()
-    def calibrate(self, queries: Tensor, keys: Tensor) -> None:
+    def _calibrate(self, queries: Tensor, keys: Tensor) -> None:
         """Set alpha and beta by the deviations of examples (..., H, E) around their mean."""
         deviations = []
         for x in (queries, keys):

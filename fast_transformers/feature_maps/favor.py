@@ -16,7 +16,7 @@ class Favor(RandomFeatureMap):
 
     FAVOR+ with hyperbolic features: positive and unbiased for exp(softmax_temp x.y), the kernel
     of softmax attention. Choromanski et al., "Rethinking Attention with Performers" (2021),
-    lemma 1, the variant with hyperbolic cosines.
+    lemma 1 and its equation 7, the variant with hyperbolic cosines.
 
     The variance of the estimate grows like exp(|x' + y'|^2): with E = 64 and queries and keys of
     unit variance hundreds of features do not make it close to softmax attention, while a trained
@@ -88,6 +88,6 @@ class Favor(RandomFeatureMap):
         return (self.softmax_temp * (x * y).sum(-1)).exp()
 
     def relative_variance(self, x: Tensor, y: Tensor) -> Tensor:
-        """(cosh |x' + y'|^2 - 1) / (F/2): lemma 2 of the paper."""
+        """(cosh |x' + y'|^2 - 1) / (F/2): lemma 2 of the paper, equation 8."""
         exponent = self.softmax_temp * (x + y).square().sum(-1)
         return (exponent.cosh() - 1) / (self.n_dims // 2)

@@ -76,7 +76,11 @@ class RandomFourierFeatures(RandomFeatureMap):
         return _gaussian_kernel(x, y, self.softmax_temp)
 
     def relative_variance(self, x: Tensor, y: Tensor) -> Tensor:
-        """exp(d) (1 - exp(-d))^2 / F, d = |x' - y'|^2."""
+        """exp(d) (1 - exp(-d))^2 / F, d = |x' - y'|^2.
+
+        Choromanski et al. 2021, "Rethinking Attention with Performers", equation 8, whose first
+        line is that of the softmax kernel.
+        """
         variance = _variance(x, y, self.softmax_temp, self.omega.shape[1])
         return variance / self.kernel(x, y).square()
 

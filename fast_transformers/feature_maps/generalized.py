@@ -17,7 +17,7 @@ class GeneralizedRandomFeatures(RandomFeatureMap):
     """phi(x) = f(w_i.x'), x' = sqrt(softmax_temp) x.
 
     Does not approximate softmax; raises the rank of the attention matrix at a bounded variance.
-    Choromanski et al., "Rethinking Attention with Performers" (2021), section 2.2 with f = relu:
+    Choromanski et al., "Rethinking Attention with Performers" (2021), equation 5 with f = relu:
     Performer-ReLU. With relu a query may have no positive feature; its attention is then 0.
 
     Args:

@@ -76,9 +76,9 @@ class TaylorFeatureMap(FeatureMap):
 
     x' = sqrt(softmax_temp) x, and p holds the products of two entries, each once. Arora et al.
     2024, "Simple linear attention language models balance the recall-throughput tradeoff" (Based,
-    arXiv:2402.18668), section 4.1, which does not pack them. The kernel 1 + z + z^2/2 is at least
-    1/2: close to exp for |z| below 1, never close to 0, and not monotone below z = -1. Centre the
-    queries and keys (:class:`~.centered.Centered`) to make z small.
+    arXiv:2402.18668), section 4.1 and equation 4, which does not pack them. The kernel
+    1 + z + z^2/2 is at least 1/2: close to exp for |z| below 1, never close to 0, and not monotone
+    below z = -1. Centre the queries and keys (:class:`~.centered.Centered`) to make z small.
 
     Args:
         query_dimensions: E.
@@ -124,9 +124,9 @@ class TaylorFeatureMap(FeatureMap):
 class PolynomialFeatureMap(FeatureMap):
     """phi(x).phi(y) = (softmax_temp x.y)^degree, by all products of ``degree`` entries.
 
-    Symmetric powers; e.g. Kacham et al. 2023 (arXiv:2310.01655), where degrees of 4
-    and more match softmax attention. Even degrees cannot tell x from -x; of odd ones the kernel
-    may be negative.
+    Symmetric powers: the kernel of which theorem 1.1 of Kacham et al. 2023, "PolySketchFormer"
+    (arXiv:2310.01655), is a sketch, and degrees of 4 and more match softmax attention there. Even
+    degrees cannot tell x from -x; of odd ones the kernel may be negative.
 
     Args:
         query_dimensions: E.
@@ -162,9 +162,10 @@ class PolynomialFeatureMap(FeatureMap):
 class ReBased(FeatureMap):
     """phi(q).phi(k) = (q'.k')^2 / E, x' = gamma * norm(x) + beta, with gamma, beta of each side.
 
-    Aksenov et al. 2024, "Linear Transformers with Learnable Kernel Functions are Better
-    In-Context Models" (arXiv:2402.10644): unlike Taylor's series the square can reach
-    0, at an angle that is learned. norm(x) has mean 0 and variance 1 over the entries.
+    Aksenov et al. 2024, "Linear Transformers with Learnable Kernel Functions are Better In-Context
+    Models" (arXiv:2402.10644), section 4, whose equations have no numbers: unlike Taylor's series
+    the square can reach 0, at an angle that is learned. norm(x) has mean 0 and variance 1 over the
+    entries.
 
     Args:
         query_dimensions: E; E (E + 1)/2 features.

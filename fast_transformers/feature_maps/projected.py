@@ -56,8 +56,8 @@ class Projected(Wrapper):
         return self.inner.feature_dims
 
     @torch.no_grad()
-    def calibrate(self, queries: Tensor, keys: Tensor) -> None:
-        super().calibrate(self._queries(queries), self._keys(keys))
+    def _calibrate(self, queries: Tensor, keys: Tensor) -> None:
+        super()._calibrate(self._queries(queries), self._keys(keys))
 
     def _queries(self, x: Tensor) -> Tensor:
         return self._handed(self.linear.of_queries(widen(x)), x)

@@ -15,13 +15,16 @@ Sampler = Callable[[int, int, Generator | None], Tensor]  # rows, columns, sourc
 
 
 def iid(rows: int, columns: int, generator: Generator | None) -> Tensor:
-    """Independent columns."""
+    """Independent columns, as Rahimi and Recht 2007, algorithm 1, draw them."""
     return torch.randn(rows, columns, generator=generator, device="cpu")
 
 
 def orthogonal(rows: int, columns: int, generator: Generator | None) -> Tensor:
-    """Orthogonal within groups of ``rows`` columns; Yu et al. 2016 (arXiv:1610.09072).
+    """Orthogonal within groups of ``rows`` columns.
 
+    Yu et al. 2016, "Orthogonal Random Features" (arXiv:1610.09072), theorem 1 for the Gaussian
+    kernel; Choromanski et al. 2021, "Rethinking Attention with Performers", theorem 2 and
+    equation 10 for positive features of the softmax kernel: no larger variance in any dimension.
     Each group is a Haar-distributed rotation, whose columns are given independent norms of the
     chi distribution. Without the sign correction of the QR decomposition the columns would have
     a mean, which biases features that are not even functions of the projection.
@@ -35,12 +38,13 @@ def orthogonal(rows: int, columns: int, generator: Generator | None) -> Tensor:
 
 
 def sorf(rows: int, columns: int, generator: Generator | None) -> Tensor:
-    """Structured orthogonal features, (HD)^3; Yu et al. 2016 (arXiv:1610.09072), section 4.
+    """Structured orthogonal features, (HD)^3; Yu et al. 2016 (arXiv:1610.09072), theorem 3.
 
     H is the Hadamard matrix, applied by the fast Walsh-Hadamard transform, and D are random
     signs, so a group of columns is drawn in O(rows^2 log rows). Inputs count as padded with zeros
     to a power of 2. Moments up to the third are those of N(0, I), and the fourth are up to a
-    share of 1/rows^2. The result is an ordinary matrix: at the dimensions of attention heads a
+    share of 1/rows^2; the theorem bounds the bias for the Gaussian kernel of distance d by
+    6 d / sqrt(rows). The result is an ordinary matrix: at the dimensions of attention heads a
     product with it takes less time than the transform of every token.
     """
     padded = 1 << max(rows - 1, 0).bit_length()
@@ -75,7 +79,8 @@ def simplex(rows: int, columns: int, generator: Generator | None) -> Tensor:
 def qmc(rows: int, columns: int, generator: Generator | None) -> Tensor:
     """A scrambled Sobol sequence, through the inverse of the normal distribution function.
 
-    Quasi-Monte-Carlo features; Yang et al. 2014 (arXiv:1412.8293), algorithm 1.
+    The quasi-Monte-Carlo features of Yang et al. 2014 (arXiv:1412.8293), scrambled, so that every
+    column is normal and the mean of any features right.
     """
     seed = int(torch.randint(2**62, (), generator=generator, device="cpu"))
     engine = torch.quasirandom.SobolEngine(rows, scramble=True, seed=seed)
@@ -86,8 +91,9 @@ def qmc(rows: int, columns: int, generator: Generator | None) -> Tensor:
 def antithetic(rows: int, columns: int, generator: Generator | None) -> Tensor:
     """Independent columns and their negatives.
 
-    For features of one sign of the projection. Even ones (:class:`~.favor.Favor`, Fourier) see
-    every direction twice, which doubles their variance.
+    For features of one sign of the projection, which become the hyperbolic ones of Choromanski
+    et al. 2021, "Rethinking Attention with Performers", equation 7. Even ones
+    (:class:`~.favor.Favor`, Fourier) see every direction twice, which doubles their variance.
     """
     half = iid(rows, (columns + 1) // 2, generator)
     return torch.cat([half, -half], 1)[:, :columns]

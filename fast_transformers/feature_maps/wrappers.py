@@ -83,7 +83,7 @@ class Wrapper(FeatureMap):
             if isinstance(inner, RandomFeatureMap | Wrapper):
                 inner.resample(generator)
 
-    def calibrate(self, queries: Tensor, keys: Tensor) -> None:
+    def _calibrate(self, queries: Tensor, keys: Tensor) -> None:
         for inner in self.maps:
             inner.calibrate(queries, keys)
 
@@ -91,8 +91,8 @@ class Wrapper(FeatureMap):
 class Normalized(Wrapper):
     """phi(x) / |phi(x)|, or phi(x / |x|).
 
-    Features with a sum of 1 are those of Schlag et al. 2021 (arXiv:2102.11174), section 4.2; keys
-    of norm 1 those of DeltaNet, Yang et al. 2024 (arXiv:2406.06484), section 3; inputs of norm 1
+    Features with a sum of 1 are those of Schlag et al. 2021 (arXiv:2102.11174), equation 29; keys
+    of norm 1 those of DeltaNet, Yang et al. 2024 (arXiv:2406.06484); inputs of norm 1
     keep the variance of random features bounded, Peng et al. 2021, "Random Feature Attention"
     (arXiv:2103.02143), section 3.1. What multiplies all features of a query cancels in attention.
 
@@ -124,8 +124,8 @@ class Normalized(Wrapper):
     def feature_dims(self) -> int:
         return self.inner.feature_dims
 
-    def calibrate(self, queries: Tensor, keys: Tensor) -> None:
-        super().calibrate(self._input(queries), self._input(keys))
+    def _calibrate(self, queries: Tensor, keys: Tensor) -> None:
+        super()._calibrate(self._input(queries), self._input(keys))
 
     def forward_queries(self, x: Tensor) -> Tensor:
         return self._features(self.inner.forward_queries, self.inner.log_queries, x)

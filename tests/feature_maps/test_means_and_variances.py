@@ -166,6 +166,47 @@ def test_the_mean_of_a_squared_sketch(degree: int, sketch: int) -> None:
     torch.testing.assert_close(phi, (feature_map.sketch(x) * feature_map.sketch(y)).sum(-1) ** 2)
 
 
+def squared_sketches(feature_map, x, y, draws: int = 4000):
+    generator, found = torch.Generator().manual_seed(1), []
+    for _ in range(draws):
+        feature_map.resample(generator)
+        found.append((feature_map.sketch(x) * feature_map.sketch(y)).sum(-1).square())
+    return torch.stack(found)
+
+
+@pytest.mark.parametrize("projection", ["orthogonal", "simplex", "antithetic"])
+@pytest.mark.parametrize(("degree", "sketch"), [(4, 2 * E + 3), (8, 8 * E + 3)])
+def test_the_mean_of_a_squared_sketch_of_dependent_columns(projection, degree, sketch) -> None:
+    """Groups of E columns, the last of them in part, and what is built on top of them."""
+    x, y = pairs(norm=1.0)
+    options = {"softmax_temp": 0.25, "normalize": False}
+    feature_map = PolySketch(E, sketch, degree, projection=projection, **options).double()
+    found = squared_sketches(feature_map, x, y, draws=4000 if degree == 4 else 800)
+    allowed = 4 * found.std(0) / len(found) ** 0.5
+    kernel = feature_map.kernel(x, y)
+    assert ((found.mean(0) - kernel).abs() <= allowed).all()
+    if degree == 4:  # enough draws to tell it from that of independent columns
+        independent = PolySketch(E, sketch, degree, **options).double().kernel(x, y)
+        assert ((found.mean(0) - independent).abs() > allowed).any()
+
+
+@pytest.mark.parametrize("projection", ["sorf", "qmc"])
+def test_the_mean_of_a_squared_sketch_that_is_not_known(projection) -> None:
+    x, y = pairs(norm=1.0)
+    with pytest.raises(NotImplementedError, match=f"projection='{projection}' is not known"):
+        PolySketch(E, 8, projection=projection).kernel(x, y)
+
+
+def test_the_variance_of_a_squared_sketch() -> None:
+    x, y = pairs(norm=1.0)
+    feature_map = PolySketch(E, 64, softmax_temp=0.25, normalize=False).double()
+    kernel = feature_map.kernel(x, y)
+    found = squared_sketches(feature_map, x, y).var(0) / kernel.square()
+    torch.testing.assert_close(found, feature_map.relative_variance(x, y), rtol=0.25, atol=0)
+    with pytest.raises(NotImplementedError, match="known for degree=4 and projection='iid'"):
+        PolySketch(E, 8, degree=8).relative_variance(x, y)
+
+
 def test_the_variance_of_many_features_is_that_of_one_by_their_number() -> None:
     x, y = pairs(norm=0.5)
     few, many = (OptimalPositiveFeatures(E, n).double() for n in (10, 1000))
