@@ -107,9 +107,9 @@ class Stepper:
         self._left = None if length is None else self._room - length
 
     def reorder(self, index: Tensor) -> None:
-        """Go on with the given sequences (1-D int64), as many as before."""
-        if not self._fixed:
-            self._state = self._state.reorder(index)
+        """Go on with the given sequences (1-D int64); as many as before may keep the graph."""
+        if not self._fixed or len(index) != self._state.batch_size:
+            self._state, self._fixed, self._inputs = self.state.reorder(index), False, []
             return
         for x in tensors_of(self._state):
             if x.ndim:

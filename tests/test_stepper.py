@@ -89,6 +89,10 @@ def test_prompts_of_different_lengths_that_change_places(name, x):
         y, expected = recurrent(x[:, i], expected)
         assert_close(stepper(x[:, i]), y)
     assert torch.equal(stepper.state.positions, expected.positions)
+    fewer = torch.tensor([1, 2], device=DEVICE)
+    stepper.reorder(fewer)
+    y, expected = recurrent(x[:2, 0], expected.reorder(fewer))
+    assert_close(stepper(x[:2, 0]), y)
 
 
 @torch.no_grad()

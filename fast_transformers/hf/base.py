@@ -69,19 +69,18 @@ class EmbeddingModel(FastTransformerPreTrainedModel):
     def set_input_embeddings(self, value: Any) -> None:
         self.tokens = value
 
-    def embed(self, input_ids: Tensor, positions: Tensor, longest: int) -> Tensor:
-        """(N, L) tokens at (N, L) or (L,) positions to (N, L, d_model).
+    def check_length(self, longest: int) -> None:
+        """Raise ValueError if a sequence of so many tokens has more than there are positions."""
+        if self.positions is not None and longest > self.config.n_positions:
+            raise ValueError(
+                f"the model has {self.config.n_positions} positions, got a sequence of "
+                f"{longest} tokens; shorten it, or train with rotary positions"
+            )
 
-        Raises:
-            ValueError: if a sequence of ``longest`` tokens has more than there are positions.
-        """
+    def embed(self, input_ids: Tensor, positions: Tensor) -> Tensor:
+        """(N, L) tokens at (N, L), (L,) or () positions to (N, L, d_model)."""
         x = self.tokens(input_ids)
         if self.positions is not None:
-            if longest > self.config.n_positions:
-                raise ValueError(
-                    f"the model has {self.config.n_positions} positions, got a sequence of "
-                    f"{longest} tokens; shorten it, or train with rotary positions"
-                )
             x = x + self.positions(positions)
         return self.dropout(x)
 
@@ -94,7 +93,8 @@ class EmbeddingModel(FastTransformerPreTrainedModel):
         if attention_mask is not None:
             padding = FullMask(attention_mask.bool())
             positions = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
-        x = self.embed(input_ids, positions, length)
+        self.check_length(length)
+        x = self.embed(input_ids, positions)
         mask = TriangularCausalMask(length, device=x.device) if causal else None
         return self.checkpointed(encoder)(x, mask, padding)
 

@@ -11,6 +11,7 @@ from transformers import GenerationMixin
 from transformers.utils.generic import ModelOutput
 
 from ..builders import TransformerEncoderBuilder
+from ..state import State
 from ..state.parts import positions
 from .base import EmbeddingModel, Generates
 from .configuration import FastTransformerConfig
@@ -97,21 +98,29 @@ class FastTransformerForCausalLM(Generates, EmbeddingModel, GenerationMixin):
         check_stateful(self.encoder)
         length = input_ids.shape[1]
         mask = real_tokens(attention_mask, length)
-        at = token_positions(cache, input_ids, mask)
-        x = self.embed(input_ids, at, cache.length + length)
+        self.check_length(cache.length + length)
         self.encoder.checkpointing = None  # what is recomputed cannot hand on a state
-        hidden, state = self.encoder(x, length_mask=mask, state=cache.state, return_state=True)
+        if cache.may_step(input_ids, mask):
+            return cache.step(self._read, input_ids)
+        hidden, state = self._read(input_ids, cache.state, mask)
         cache.advance(state, length)
         return hidden
+
+    def _read(
+        self, input_ids: Tensor, state: State, mask: Tensor | None = None
+    ) -> tuple[Tensor, State]:
+        """(N, L) and a state to (N, L, d_model) and the new state."""
+        x = self.embed(input_ids, token_positions(state, input_ids, mask))
+        return self.encoder(x, length_mask=mask, state=state, return_state=True)
 
     def generating_stack(self) -> nn.Module:
         return self.encoder
 
 
-def token_positions(cache: RecurrentState, input_ids: Tensor, mask: Tensor | None) -> Tensor:
-    """(N, L) or (L,) positions of tokens that follow a state; padding does not count."""
+def token_positions(state: State, input_ids: Tensor, mask: Tensor | None) -> Tensor:
+    """(N, L), (L,) or () positions of tokens that follow a state; padding does not count."""
     length = input_ids.shape[1]
-    at = positions(cache.state.position, length, mask)
+    at = positions(state.position, length, mask)
     if isinstance(at, int):
         return torch.arange(at, at + length, device=input_ids.device)
     return at

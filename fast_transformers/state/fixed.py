@@ -54,8 +54,8 @@ def _fix(part: Any, room: int, like: Tensor) -> Any:
     if isinstance(part, ConditionalState | CrossConditionalState):
         raise ValueError("conditional attention changes its form with the length")
     if isinstance(part, KeysValues):
-        buffers = (_own(pad(x, (0, 0, 0, room - part.length))) for x in part)
-        return FixedKeysValues(*buffers, lengths=_own(part.counts()))
+        keys, values = (_own(pad(x, (0, 0, 0, room - part.length))) for x in part)
+        return FixedKeysValues(keys, values, lengths=_own(part.counts()))
     if isinstance(part, LinearState) and not isinstance(part, CrossLinearState):
         own = part.map(_own)
         return OwnedState(own.kv, own.z, own.shift)
