@@ -13,6 +13,7 @@ COMMANDS = {  # in modules of their own: each needs packages that others do not
     "cpu": ("cpu", "attention, one token, models"),
     "gpu": ("gpu", "the same on a CUDA device"),
     "generation": ("generation", "images pixel by pixel, beside the paper's figures"),
+    "streaming": ("streaming", "a long prompt, and the millionth token"),
     "older-library": ("environments", "the environment of the libraries it is compared with"),
 }
 
@@ -44,7 +45,8 @@ def report(args: argparse.Namespace) -> int:
     """Write the tables and figures of a log again."""
     log = Log.open(args.log)
     about = log.records[0]
-    name = "generation" if "dtype" in about else "gpu" if "card" in about else "cpu"
+    kinds = (("layers", "streaming"), ("dtype", "generation"), ("card", "gpu"))
+    name = next((name for field, name in kinds if field in about), "cpu")
     more = (args.readme,) if name == "cpu" else ()
     import_module(f".{name}", __package__).publish(log, *more)
     return 0

@@ -10,11 +10,9 @@ from torch import Tensor, nn
 from transformers import GenerationMixin
 from transformers.utils.generic import ModelOutput
 
-from ..builders import TransformerEncoderBuilder
 from ..state import State
 from ..state.parts import positions
-from .base import EmbeddingModel, Generates
-from .configuration import FastTransformerConfig
+from .base import EncoderModel, Generates
 from .state import RecurrentState, check_stateful, real_tokens
 
 
@@ -33,7 +31,7 @@ class CausalLMOutput(ModelOutput):
     past_key_values: RecurrentState | None = None
 
 
-class FastTransformerForCausalLM(Generates, EmbeddingModel, GenerationMixin):
+class FastTransformerForCausalLM(Generates, EncoderModel, GenerationMixin):
     """Token and position embeddings, an encoder with a causal mask, and a linear head.
 
     Any number of tokens can go on from a state: a prompt is read in parallel, in chunks if
@@ -43,12 +41,6 @@ class FastTransformerForCausalLM(Generates, EmbeddingModel, GenerationMixin):
     >>> model.generate(torch.tensor([[256]]), max_new_tokens=5, do_sample=False).shape
     torch.Size([1, 6])
     """
-
-    def __init__(self, config: FastTransformerConfig) -> None:
-        super().__init__(config)
-        self.encoder = config.encoder_builder(TransformerEncoderBuilder).get()
-        self.head = nn.Linear(config.d_model, config.vocab_size)
-        self.post_init()
 
     def forward(
         self,
@@ -81,7 +73,7 @@ class FastTransformerForCausalLM(Generates, EmbeddingModel, GenerationMixin):
         if cache is None and use_cache:
             cache = RecurrentState()
         if cache is None:
-            hidden = self.encode(self.encoder, input_ids, attention_mask, causal=True)
+            hidden = self.encode(input_ids, attention_mask, causal=True)
         else:
             hidden = self._go_on(input_ids, attention_mask, cache)
         logits = self.head(hidden[:, -logits_to_keep:])
