@@ -146,6 +146,7 @@ def test_info(capsys):
     assert f"torch             {torch.__version__}" in out
     assert "causal linear attention, queries (2, 100, 4, 16)" in out
     assert "16 dimensions to 6 features" in out
+    assert "generation        " in out
     assert "chunked    chosen" in out
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.__main__ import COMMANDS
 from fast_transformers.cli import make_parser
 
 ROOT = Path(__file__).parent.parent
@@ -35,6 +36,9 @@ def test_the_commands_in_the_docs_are_commands(page: Path) -> None:
     for program, *arguments in (shlex.split(line, comments=True) for line in lines if line):
         if program == "fast-transformers":
             make_parser().parse_args(arguments)
+        elif program == "python":
+            assert arguments[:2] == ["-m", "benchmarks"]
+            assert arguments[2] in COMMANDS
         else:
             assert (program, arguments[0]) == ("pip", "install")
 

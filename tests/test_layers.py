@@ -23,6 +23,7 @@ ORDER = [
     "blocks",
     "transformers",
     "recurrent",
+    "stepper",
     "builders",
     "utils",
     "weight_mapper",

@@ -117,6 +117,7 @@ PATHS = {
         "State KeysValues Memory PositionState ConditionalState CrossConditionalState "
         "CrossLinearState open_state"
     ),
+    "fast_transformers.stepper": "Stepper why_not_graph",
     "fast_transformers.testing": "check_feature_map",
     "fast_transformers.transformers": (
         "TransformerEncoder TransformerEncoderLayer TransformerDecoder TransformerDecoderLayer"

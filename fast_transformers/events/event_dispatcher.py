@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable
 from typing import Any, ClassVar
+from weakref import WeakSet
 
 from torch.nn import Module
 
@@ -22,8 +23,10 @@ class EventDispatcher:
     """
 
     _dispatchers: ClassVar[dict[Hashable, EventDispatcher]] = {}
+    _alive: ClassVar[WeakSet[EventDispatcher]] = WeakSet()
 
     def __init__(self) -> None:
+        self._alive.add(self)
         self._listeners: dict[Handler, EventFilter] = {}
         self._key: tuple[Hashable, ...] = ()  # (key,) once `get` has filed it; None is a key too
 
@@ -37,6 +40,11 @@ class EventDispatcher:
             dispatcher._key = (key,)
             cls._dispatchers[key] = dispatcher
         return cls._dispatchers[key]
+
+    @classmethod
+    def anybody_listens(cls) -> bool:
+        """Whether any dispatcher of this process has a listener."""
+        return any(dispatcher._listeners for dispatcher in cls._alive)
 
     def listen(self, event_filter: object, event_handler: Handler) -> None:
         """Call `event_handler(event)` for every event that `event_filter` accepts.

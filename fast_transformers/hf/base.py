@@ -10,6 +10,7 @@ from torch.nn.functional import cross_entropy
 from transformers import GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 
+from ..builders import TransformerEncoderBuilder
 from ..feature_maps import RandomFeatureMap
 from ..masking import FullMask, TriangularCausalMask
 from .configuration import FastTransformerConfig
@@ -52,8 +53,10 @@ class FastTransformerPreTrainedModel(PreTrainedModel):
         return stack
 
 
-class EmbeddingModel(FastTransformerPreTrainedModel):
-    """Token and position embeddings, and how an encoder runs on them."""
+class EncoderModel(FastTransformerPreTrainedModel):
+    """Token and position embeddings, an encoder, and a linear head if ``headed``."""
+
+    headed = True
 
     def __init__(self, config: FastTransformerConfig) -> None:
         super().__init__(config)
@@ -62,6 +65,10 @@ class EmbeddingModel(FastTransformerPreTrainedModel):
             None if config.rotary else nn.Embedding(config.n_positions, config.d_model)
         )
         self.dropout = nn.Dropout(config.dropout)
+        self.encoder = config.encoder_builder(TransformerEncoderBuilder).get()
+        if self.headed:
+            self.head = nn.Linear(config.d_model, config.vocab_size)
+        self.post_init()
 
     def get_input_embeddings(self) -> nn.Embedding:
         return self.tokens
@@ -69,34 +76,32 @@ class EmbeddingModel(FastTransformerPreTrainedModel):
     def set_input_embeddings(self, value: Any) -> None:
         self.tokens = value
 
-    def embed(self, input_ids: Tensor, positions: Tensor, longest: int) -> Tensor:
-        """(N, L) tokens at (N, L) or (L,) positions to (N, L, d_model).
+    def check_length(self, longest: int) -> None:
+        """Raise ValueError if a sequence of so many tokens has more than there are positions."""
+        if self.positions is not None and longest > self.config.n_positions:
+            raise ValueError(
+                f"the model has {self.config.n_positions} positions, got a sequence of "
+                f"{longest} tokens; shorten it, or train with rotary positions"
+            )
 
-        Raises:
-            ValueError: if a sequence of ``longest`` tokens has more than there are positions.
-        """
+    def embed(self, input_ids: Tensor, positions: Tensor) -> Tensor:
+        """(N, L) tokens at (N, L), (L,) or () positions to (N, L, d_model)."""
         x = self.tokens(input_ids)
         if self.positions is not None:
-            if longest > self.config.n_positions:
-                raise ValueError(
-                    f"the model has {self.config.n_positions} positions, got a sequence of "
-                    f"{longest} tokens; shorten it, or train with rotary positions"
-                )
             x = x + self.positions(positions)
         return self.dropout(x)
 
-    def encode(
-        self, encoder: Any, input_ids: Tensor, attention_mask: Tensor | None, *, causal: bool
-    ) -> Tensor:
+    def encode(self, input_ids: Tensor, attention_mask: Tensor | None, *, causal: bool) -> Tensor:
         """Whole sequences (N, L) to (N, L, d_model), with gradient checkpointing if enabled."""
         length, padding = input_ids.shape[1], None
         positions = torch.arange(length, device=input_ids.device)
         if attention_mask is not None:
             padding = FullMask(attention_mask.bool())
             positions = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
-        x = self.embed(input_ids, positions, length)
+        self.check_length(length)
+        x = self.embed(input_ids, positions)
         mask = TriangularCausalMask(length, device=x.device) if causal else None
-        return self.checkpointed(encoder)(x, mask, padding)
+        return self.checkpointed(self.encoder)(x, mask, padding)
 
 
 class Generates(GenerationMixin):

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutput, MaskedLMOutput
 
-from ..builders import TransformerEncoderBuilder
-from .base import EmbeddingModel, token_loss
+from .base import EncoderModel, token_loss
 from .configuration import FastTransformerConfig
 
 
-class FastTransformerModel(EmbeddingModel):
+class FastTransformerModel(EncoderModel):
     """Token and position embeddings, and an encoder; causal if ``config.causal`` is set.
 
     >>> import torch
@@ -21,10 +20,7 @@ class FastTransformerModel(EmbeddingModel):
     torch.Size([1, 3, 32])
     """
 
-    def __init__(self, config: FastTransformerConfig) -> None:
-        super().__init__(config)
-        self.encoder = config.encoder_builder(TransformerEncoderBuilder).get()
-        self.post_init()
+    headed = False
 
     def forward(
         self,
@@ -42,12 +38,12 @@ class FastTransformerModel(EmbeddingModel):
             ValueError: for more tokens than there are positions.
         """
         causal = self.config.causal and not self.config.is_encoder_decoder
-        hidden: Any = self.encode(self.encoder, input_ids, attention_mask, causal=causal)
+        hidden: Any = self.encode(input_ids, attention_mask, causal=causal)
         output = BaseModelOutput(last_hidden_state=hidden)
         return output.to_tuple() if return_dict is False else output
 
 
-class FastTransformerForMaskedLM(EmbeddingModel):
+class FastTransformerForMaskedLM(EncoderModel):
     """An encoder that sees both sides, and a linear head; ``config.causal`` must not be set.
 
     Raises:
@@ -61,9 +57,6 @@ class FastTransformerForMaskedLM(EmbeddingModel):
                 "attention such as 'linear' or 'full'"
             )
         super().__init__(config)
-        self.encoder = config.encoder_builder(TransformerEncoderBuilder).get()
-        self.head = nn.Linear(config.d_model, config.vocab_size)
-        self.post_init()
 
     def forward(
         self,
@@ -81,7 +74,7 @@ class FastTransformerForMaskedLM(EmbeddingModel):
             labels: (N, L), what stands where the input is masked; -100 is ignored.
             num_items_in_batch: what the loss is divided by, default the labels that count.
         """
-        hidden = self.encode(self.encoder, input_ids, attention_mask, causal=False)
+        hidden = self.encode(input_ids, attention_mask, causal=False)
         logits: Any = self.head(hidden)
         loss: Any = None
         if labels is not None:

@@ -10,10 +10,9 @@ from torch import Tensor, nn
 from transformers import GenerationMixin
 from transformers.utils.generic import ModelOutput
 
-from ..builders import TransformerEncoderBuilder
+from ..state import State
 from ..state.parts import positions
-from .base import EmbeddingModel, Generates
-from .configuration import FastTransformerConfig
+from .base import EncoderModel, Generates
 from .state import RecurrentState, check_stateful, real_tokens
 
 
@@ -32,7 +31,7 @@ class CausalLMOutput(ModelOutput):
     past_key_values: RecurrentState | None = None
 
 
-class FastTransformerForCausalLM(Generates, EmbeddingModel, GenerationMixin):
+class FastTransformerForCausalLM(Generates, EncoderModel, GenerationMixin):
     """Token and position embeddings, an encoder with a causal mask, and a linear head.
 
     Any number of tokens can go on from a state: a prompt is read in parallel, in chunks if
@@ -42,12 +41,6 @@ class FastTransformerForCausalLM(Generates, EmbeddingModel, GenerationMixin):
     >>> model.generate(torch.tensor([[256]]), max_new_tokens=5, do_sample=False).shape
     torch.Size([1, 6])
     """
-
-    def __init__(self, config: FastTransformerConfig) -> None:
-        super().__init__(config)
-        self.encoder = config.encoder_builder(TransformerEncoderBuilder).get()
-        self.head = nn.Linear(config.d_model, config.vocab_size)
-        self.post_init()
 
     def forward(
         self,
@@ -80,7 +73,7 @@ class FastTransformerForCausalLM(Generates, EmbeddingModel, GenerationMixin):
         if cache is None and use_cache:
             cache = RecurrentState()
         if cache is None:
-            hidden = self.encode(self.encoder, input_ids, attention_mask, causal=True)
+            hidden = self.encode(input_ids, attention_mask, causal=True)
         else:
             hidden = self._go_on(input_ids, attention_mask, cache)
         logits = self.head(hidden[:, -logits_to_keep:])
@@ -97,21 +90,29 @@ class FastTransformerForCausalLM(Generates, EmbeddingModel, GenerationMixin):
         check_stateful(self.encoder)
         length = input_ids.shape[1]
         mask = real_tokens(attention_mask, length)
-        at = token_positions(cache, input_ids, mask)
-        x = self.embed(input_ids, at, cache.length + length)
+        self.check_length(cache.length + length)
         self.encoder.checkpointing = None  # what is recomputed cannot hand on a state
-        hidden, state = self.encoder(x, length_mask=mask, state=cache.state, return_state=True)
+        if cache.may_step(input_ids, mask):
+            return cache.step(self._read, input_ids)
+        hidden, state = self._read(input_ids, cache.state, mask)
         cache.advance(state, length)
         return hidden
+
+    def _read(
+        self, input_ids: Tensor, state: State, mask: Tensor | None = None
+    ) -> tuple[Tensor, State]:
+        """(N, L) and a state to (N, L, d_model) and the new state."""
+        x = self.embed(input_ids, token_positions(state, input_ids, mask))
+        return self.encoder(x, length_mask=mask, state=state, return_state=True)
 
     def generating_stack(self) -> nn.Module:
         return self.encoder
 
 
-def token_positions(cache: RecurrentState, input_ids: Tensor, mask: Tensor | None) -> Tensor:
-    """(N, L) or (L,) positions of tokens that follow a state; padding does not count."""
+def token_positions(state: State, input_ids: Tensor, mask: Tensor | None) -> Tensor:
+    """(N, L), (L,) or () positions of tokens that follow a state; padding does not count."""
     length = input_ids.shape[1]
-    at = positions(cache.state.position, length, mask)
+    at = positions(state.position, length, mask)
     if isinstance(at, int):
         return torch.arange(at, at + length, device=input_ids.device)
     return at

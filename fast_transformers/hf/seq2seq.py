@@ -10,6 +10,7 @@ from transformers.modeling_outputs import Seq2SeqLMOutput
 
 from ..builders import TransformerDecoderBuilder
 from ..masking import FullMask, TriangularCausalMask
+from ..state import State
 from .base import FastTransformerPreTrainedModel, Generates, token_loss
 from .configuration import FastTransformerConfig
 from .encoders import FastTransformerModel
@@ -110,23 +111,34 @@ class FastTransformerForSeq2SeqLM(Generates, FastTransformerPreTrainedModel, Gen
         cache: RecurrentState | None,
     ) -> Tensor:
         length = input_ids.shape[1]
-        masks: dict[str, Any] = {}
+        real = real_tokens(mask, length, "decoder_attention_mask")
+        self.source.check_length(length + (0 if cache is None else cache.length))
+        masks: dict[str, Any] = {} if real is None else {"x_length_mask": FullMask(real)}
         if memory_mask is not None:
             masks["memory_length_mask"] = FullMask(memory_mask.bool())
-        before = RecurrentState() if cache is None else cache
-        real = real_tokens(mask, length, "decoder_attention_mask")
-        at = token_positions(before, input_ids, real)
-        x = self.source.embed(input_ids, at, before.length + length)
-        if real is not None:
-            masks["x_length_mask"] = FullMask(real)
         if cache is None:
+            x = self.source.embed(input_ids, token_positions(State(), input_ids, real))
             causal = TriangularCausalMask(length, device=x.device)
             return self.checkpointed(self.decoder)(x, memory, causal, **masks)
         check_stateful(self.decoder)
         self.decoder.checkpointing = None  # what is recomputed cannot hand on a state
-        hidden, state = self.decoder(x, memory, **masks, state=cache.state, return_state=True)
+        if cache.may_step(input_ids, real):
+            return cache.step(self._read, input_ids)
+        hidden, state = self._read(input_ids, cache.state, real, memory, masks)
         cache.advance(state, length)
         return hidden
+
+    def _read(
+        self,
+        input_ids: Tensor,
+        state: State,
+        real: Tensor | None = None,
+        memory: Tensor | None = None,
+        masks: dict[str, Any] | None = None,
+    ) -> tuple[Tensor, State]:
+        """(N, L) and a state to (N, L, d_model) and the new state, which knows the memory."""
+        x = self.source.embed(input_ids, token_positions(state, input_ids, real))
+        return self.decoder(x, memory, **(masks or {}), state=state, return_state=True)
 
     def _moved(self, labels: Tensor | None) -> Tensor:
         """The target that predicts ``labels``: the start token, then all labels but the last."""

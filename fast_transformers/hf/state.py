@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..state import State
+from ..stepper import Stepper, why_not_graph
 
 
 class RecurrentState:
@@ -19,24 +22,47 @@ class RecurrentState:
         cache = RecurrentState(kept, cache.length)
 
     For linear attention the size does not depend on the length; for softmax attention it is a
-    cache of keys and values with room for more.
+    cache of keys and values with room for more. On a GPU single tokens are steps of a
+    :class:`~fast_transformers.stepper.Stepper`, which replays a CUDA graph where it can.
 
     Attributes:
-        state: what the layers remember.
         length: number of tokens handed over, padding included.
+        stepper: what holds the state while single tokens are read, or None.
     """
 
     is_compileable = False
     is_croppable = False
 
     def __init__(self, state: State | None = None, length: int = 0) -> None:
-        self.state = State() if state is None else state
+        self._state = State() if state is None else state
         self.length = length
+        self.stepper: Stepper | None = None
+
+    @property
+    def state(self) -> State:
+        """What the layers remember."""
+        return self._state if self.stepper is None else self.stepper.state
 
     def advance(self, state: State, tokens: int) -> None:
         """Take the state after ``tokens`` more."""
-        self.state = state
+        self._state, self.stepper = state, None
         self.length += tokens
+
+    def may_step(self, tokens: Tensor, mask: Tensor | None) -> bool:
+        """Whether tokens (N, L) may be read by :meth:`step`: one each, whose graph is of use."""
+        if tokens.shape[1] != 1 or mask is not None or torch.is_grad_enabled():
+            return False
+        return why_not_graph(tokens.device) is None and (
+            self.stepper is not None or self._state.batch_size > 0
+        )
+
+    def step(self, function: Callable[..., tuple[Any, State]], tokens: Tensor) -> Any:
+        """``function(tokens, state)`` for one token of each sequence (N, 1), without its state."""
+        if self.stepper is None:
+            self.stepper = Stepper(function, self._state)
+            self._state = State()
+        self.length += 1
+        return self.stepper(tokens)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Number of tokens handed over, padding included."""
@@ -44,7 +70,10 @@ class RecurrentState:
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Keep the given rows (1-D int64) of the batch, as beam search asks for."""
-        self.state = self.state.reorder(beam_idx)
+        if self.stepper is None:
+            self._state = self._state.reorder(beam_idx)
+        else:
+            self.stepper.reorder(beam_idx)
 
     @property
     def nbytes(self) -> int:

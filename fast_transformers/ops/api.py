@@ -11,7 +11,7 @@ from . import checks, exported, fused, packed, reference, stream
 from .choose import resolve
 from .features import IDENTITY, Features, sum_dtype, without_autocast
 from .fused_step import fused_step, why_not_fused_step
-from .state import Attended, LinearState, as_state
+from .state import Attended, LinearState, OwnedState, as_state
 from .step import absorb, encode, encode_both, kind_of, look_up
 
 State = LinearState | Sequence[Tensor] | None
@@ -132,7 +132,8 @@ def linear_attention_step(
             left as it is, so it can be continued in several ways.
         eps: as in :func:`linear_attention`.
         inplace: write the new state over the old one, which saves memory traffic. Not for a state
-            that is to be continued in several ways, nor for gradients.
+            that is to be continued in several ways, nor for gradients. An
+            :class:`~.state.OwnedState` is always written over.
 
     Returns:
         values (N, H, M) in the dtype of ``q``, and the new state.
@@ -144,6 +145,7 @@ def linear_attention_step(
     checks.check_projection(features, q)
     with without_autocast(q):
         state = as_state(state, features.exponential)
+        inplace = inplace or isinstance(state, OwnedState)
         sums = () if state is None else (state.kv, state.z)
         if k is None or v is None:
             if state is None:

@@ -59,6 +59,17 @@ class LinearState:
         return sum(t.nbytes for t in (self.kv, self.z, self.shift) if t is not None)
 
 
+class OwnedState(LinearState):
+    """Sums that belong to one loop of generation: a step writes the new sums over them.
+
+    Whatever else is made of it is an ordinary :class:`LinearState`.
+    """
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> LinearState:
+        """An ordinary state with ``function`` applied to each tensor."""
+        return LinearState(self.kv, self.z, self.shift).map(function)
+
+
 torch.export.register_dataclass(LinearState)  # states may go in and out of an exported program
 
 

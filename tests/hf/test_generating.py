@@ -7,8 +7,18 @@ import torch
 from torch.nn.functional import pad
 from transformers.generation.streamers import BaseStreamer
 
+from fast_transformers import stepper
 from fast_transformers.hf import RecurrentState
 from tests.hf.test_modeling import every_kind, make, prompts
+
+
+@pytest.fixture(params=["plain", "steps"], autouse=True)
+def steps(request, monkeypatch):
+    """With states that are values, and with what a GPU does: the loop's own, written over."""
+    if request.param == "steps":
+        monkeypatch.setattr(stepper, "DEVICES", ("cpu",))
+        monkeypatch.setattr(stepper, "record", lambda call, device: call)
+
 
 GREEDY = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
 
@@ -78,6 +88,7 @@ def test_a_conversation_goes_on():
     turn = torch.cat([first.sequences, prompts(3, 2)], 1)
     cache = first.past_key_values
     assert cache.get_seq_length() == 16  # the last token has not been read
+    assert (cache.stepper is not None) == bool(stepper.DEVICES == ("cpu",))
     second = model.generate(turn, past_key_values=cache, **GREEDY)
     assert torch.equal(second, model.generate(turn, use_cache=False, **GREEDY))
 

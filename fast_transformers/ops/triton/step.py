@@ -173,6 +173,11 @@ def step(
     tl.store(out + pid * M + m, top.to(out.dtype.element_ty), m < M)
 
 
+def warps_for(block_m: int) -> int:
+    """Warps of a program, for tiles of so many values."""
+    return 4 if block_m <= 128 else 8
+
+
 def launch(
     formula: Formula, eps: float, q: Tensor, k: Tensor, v: Tensor, state: Sums | None, to: Sums
 ) -> Tensor:
@@ -201,7 +206,7 @@ def launch(
     exponential, pairs = KINDS[formula.kind].exponential, name in ("hyperbolic", "fourier")
     value, _ = functions_of(function)
     block_m = max(16, next_power_of_2(m))
-    warps = 4 if block_m <= 128 else 8
+    warps = warps_for(block_m)
     block_k = min(TILE * warps // 4 // block_m, max(16, next_power_of_2(directions)))
     registers = None  # of a thread; as few as let more programs run at once, without spilling
     if block_m <= 64 and (pairs or (weights is None and not exponential)):

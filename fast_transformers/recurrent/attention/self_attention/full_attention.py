@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 
 from ....attention.base import SoftmaxAttention
 from ....attention.full_attention import go_on, softmax, visible
@@ -17,7 +18,8 @@ from ..._utils import check_state
 class RecurrentFullAttention(SoftmaxAttention):
     """The recurrent twin of :class:`~fast_transformers.attention.FullAttention`.
 
-    Args: as there. Dispatches an :class:`AttentionEvent` with weights (N, H, t) at every step.
+    Args: as there. Runs on PyTorch's ``scaled_dot_product_attention``, unless somebody
+    listens for :class:`AttentionEvent`, which has the weights (N, H, t) of every step.
     """
 
     def forward(
@@ -34,8 +36,14 @@ class RecurrentFullAttention(SoftmaxAttention):
         q, k, v = (x[:, :, None] for x in (query, key, value))
         now = go_on(past, q, k, v, None)
         keys, values = now
-        q = q.to(keys.dtype)  # of a cache that was filled in another dtype
-        weights = softmax(self.temperature(q) * q @ keys.mT, visible(past, now, 1, None))
-        weights = self.dropout(weights)
-        self.event_dispatcher.dispatch(AttentionEvent(self, weights[:, :, 0]))
-        return (weights @ values)[:, :, 0].to(query.dtype), now
+        q, keep = q.to(keys.dtype), visible(past, now, 1, None)  # the cache's dtype may differ
+        if self.event_dispatcher.wants(AttentionEvent, self):
+            weights = self.dropout(softmax(self.temperature(q) * q @ keys.mT, keep))
+            self.event_dispatcher.dispatch(AttentionEvent(self, weights[:, :, 0]))
+            out = weights @ values
+        else:
+            dropout = self.dropout.p if self.training else 0.0
+            out = scaled_dot_product_attention(
+                q, keys, values, attn_mask=keep, dropout_p=dropout, scale=self.temperature(q)
+            )
+        return out[:, :, 0].to(query.dtype), now
