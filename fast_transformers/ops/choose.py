@@ -188,6 +188,9 @@ def explain(
     for impl, purpose in FORMS.items():
         if impl == "triton" and features is not None and features.formula is None:
             purpose = f"kernels over features computed by torch, if at most {MOST_FEATURES}"
+            if features.composition is not None:
+                kind = features.composition.inner.formula.kind
+                purpose = f"kernels that compute {kind} on chip, of rows computed by torch"
         reason = why_not(impl, **call)
         if impl == chosen:
             answer[impl] = f"chosen: {purpose}"

@@ -283,7 +283,8 @@ def test_operators_pass_opcheck(kind, causal, options) -> None:
         out, *rest = OPERATORS.fused(*constants, *tensors, causal)
         given = (torch.randn_like(out), torch.randn_like(rest[0]), torch.randn_like(rest[1]))
         opcheck(
-            OPERATORS.fused_backward.default, (*constants, *tensors, out, *rest, *given, causal)
+            OPERATORS.fused_backward.default,
+            (*constants, *tensors, out, *rest, *given, causal, False),
         )
 
 

@@ -22,7 +22,7 @@ from ..choose import INTERPRETED
 from ..kinds import KINDS, Formula
 from . import backward as backward_kernels
 from . import sums as sum_kernels
-from .maps import Map, Rows
+from .maps import Gradient, Map, Rows
 from .plans import WARPS, Plan, config, map_of, operand_of, plan, size_of, tf32
 from .sums import Sums
 
@@ -33,6 +33,10 @@ MOST_KINDS = 512  # of calls that are remembered
 
 def rows(x: Tensor) -> Rows:
     return Rows(x, *x.stride())
+
+
+def gradient(x: Tensor, u: Tensor | None) -> Gradient:
+    return Gradient(rows(x), None if u is None else rows(u))
 
 
 class Inputs(NamedTuple):
@@ -186,9 +190,12 @@ class Launch:
 
     def each(
         self, kernel: Any, inputs: Inputs, n: int, length: int, cu: Tensor | None, sums: Sums,
-        flags: Tensor | None, *tensors: Any, whole: bool = True,
+        flags: Tensor | None, *tensors: Any, whole: bool = True, learned: bool = False,
     ) -> None:  # fmt: skip
-        """A kernel for each tile of queries or keys; another one for those of flagged chunks."""
+        """A kernel for each tile of queries or keys; another one for those of flagged chunks.
+
+        A ``learned`` projection is another variant: one more gradient is stored.
+        """
         cut = plan(n, length, self.config.rows, self.config.chunk, cu)
         free = kernel is backward_kernels.differentiate_keys  # the one that needs them all
         options = self.options(
@@ -196,11 +203,11 @@ class Launch:
             C=self.config.rows, EXPONENTIAL=self.exponential, CAUSAL=self.causal,
             num_stages=self.config.stages, maxnreg=None if free else self.config.registers,
         )  # fmt: skip
+        grid = cut.total * self.q_heads, 1 if whole else self.columns, 1
         for flagged in (False, True) if flags is not None else (False,):
             self.start(
-                flagged, kernel, (cut.total * self.q_heads, 1 if whole else self.columns, 1),
-                *inputs[:5], length, self.q_heads, cut.table, cut.parts, sums, flags, *tensors,
-                inputs.map, FLAGGED=flagged, **options,
+                (flagged, learned), kernel, grid, *inputs[:5], length, self.q_heads, cut.table,
+                cut.parts, sums, flags, *tensors, inputs.map, FLAGGED=flagged, **options,
             )  # fmt: skip
 
     def carry(self, kernel: Any, inputs: Inputs, plan: Plan, length: int, *tensors: Any) -> None:
