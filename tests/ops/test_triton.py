@@ -17,6 +17,7 @@ from fast_transformers.feature_maps import (
     ActivationFunctionFeatureMap,
     Favor,
     GeneralizedRandomFeatures,
+    elu_feature_map,
     features_of,
 )
 from fast_transformers.ops import Features, Formula, LinearState
@@ -127,6 +128,17 @@ def test_wide(function) -> None:
     """Several tiles of values and of query dimensions."""
     favor = features_of(Favor(72, n_dims=140, generator=3).to(DEVICE))
     check(partial(FUNCTIONS[function], features=favor), make(20, H=1, E=72, M=72), log_size=50.0)
+
+
+@pytest.mark.parametrize(("e", "m"), [(256, 130), (40, 256), (160, 24)])
+@pytest.mark.parametrize("kind", ["elu_plus_one", "hyperbolic"])
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_heads_of_many_dimensions(function, kind, e, m) -> None:
+    feature_map = elu_feature_map(e) if kind == "elu_plus_one" else Favor(e, 70, generator=3)
+    for omega in feature_map.buffers():
+        omega.copy_(omega.bfloat16() if omega.is_floating_point() else omega)
+    attend = partial(FUNCTIONS[function], features=features_of(feature_map.to(DEVICE)))
+    check(attend, make(70, H=1, E=e, M=m, dtype=torch.bfloat16), log_size=50.0)
 
 
 @pytest.mark.parametrize("std", [1, 3, 10])

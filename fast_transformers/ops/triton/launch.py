@@ -70,7 +70,7 @@ class Launch:
         self.exponential = kind.exponential
         self.features, self.m = kind.width(formula, k[3]), v[3]
         operand, _ = operand_of(settings.kind, dtype)
-        self.config = config(self.m, weights is not None, operand)
+        self.config = config(k[3], self.m, weights is not None, operand)
         self.map, self.dtype = map_of(formula, k[3], dtype, self.config.block)
         self.walk_map, _ = map_of(formula, k[3], dtype, self.config.walk_block)
         self.heads, self.q_heads = k[2], q[2]

@@ -46,10 +46,13 @@ class Config(NamedTuple):
 WARPS = 4
 
 
-def config(m: int, projected: bool, operand: torch.dtype) -> Config:
+def config(e: int, m: int, projected: bool, operand: torch.dtype) -> Config:
+    """For E and M dimensions; rows of a program are whole, but where maps are element-wise."""
     columns = min(64, size_of(m))
     if operand == torch.float32:  # factors that take twice the memory
         return Config(32, 32, 32, 64, columns, None, 1, 1, 1, 1024)
+    if m > 128 or (projected and e > 128):  # as much as two stages of a program may hold
+        return Config(32, 32, 32, 64, columns, None, 2, 2, 2, 1024)
     if projected:
         return Config(32, 64, 64, 64, columns, 168, 2, 3, 2, 1024)
     return Config(64, 64, 64, 64, columns, None, 2, 3, 2, 1024)
