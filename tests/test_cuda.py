@@ -79,11 +79,11 @@ def test_more_than_2_to_the_31_elements(function) -> None:
     alone = [x.detach()[-1:].clone().requires_grad_() for x in (q, k, v)]
     expected, last = function(*alone, features, impl="triton")
     expected.backward(torch.ones_like(expected))
-    torch.testing.assert_close(values[-1:], expected)
-    torch.testing.assert_close(state.kv[-1:], last.kv, rtol=1e-5, atol=1e-2)
-    for whole, one in zip((q, k, v), alone, strict=True):
-        assert whole.grad is not None
-        torch.testing.assert_close(whole.grad[-1:], one.grad)
+    found = [values, state.kv, *(x.grad for x in (q, k, v))]
+    for whole, one in zip(found, [expected, last.kv, *(x.grad for x in alone)], strict=True):
+        assert whole is not None and one is not None  # noqa: PT018
+        difference = (whole.detach()[-1:].float() - one.detach().float()).norm()
+        assert difference <= torch.finfo(torch.bfloat16).eps * one.detach().float().norm()
 
 
 @pytest.mark.parametrize(

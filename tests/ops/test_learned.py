@@ -50,8 +50,7 @@ class Trained:
         self.map = feature_map
 
     def projection(self, dtype: torch.dtype) -> Tensor:
-        """One that all dtypes hold."""
-        return self.map.omega.to(DEVICE, torch.bfloat16).to(dtype)
+        return self.map.omega.to(DEVICE, dtype)
 
     def features(self, projection: Tensor) -> Features:
         formula = self.map.formula()
@@ -199,8 +198,6 @@ def test_linear_maps_before_others(function, name, dtype, monkeypatch) -> None:
     """Kernels compute the map, whatever comes before it, and gradients reach its weights."""
     make_map, kind = LINEAR[name]
     feature_map = make_map(E)
-    for omega in feature_map.buffers():
-        omega.copy_(omega.bfloat16() if omega.is_floating_point() else omega)
     inputs = make(70, dtype=dtype, std=0.3 if name == "fourier" else 1.0)
     mask = torch.rand(1, 70, device=DEVICE) > 0.3
     inputs[1][~mask] = torch.nan

@@ -64,10 +64,7 @@ def _short_segments(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 def features(kind: str) -> Features:
     if kind in MAPS:
-        feature_map = MAPS[kind](E).to(DEVICE)
-        for omega in feature_map.buffers():  # kernels round it to the dtype of the inputs
-            omega.copy_(omega.bfloat16() if omega.is_floating_point() else omega)
-        return features_of(feature_map)
+        return features_of(MAPS[kind](E).to(DEVICE))
     exponential = KINDS[kind].exponential
     return Features(exponential=exponential, any_heads=True, formula=Formula(kind))
 
@@ -135,8 +132,6 @@ def test_wide(function) -> None:
 @pytest.mark.parametrize("function", FUNCTIONS)
 def test_heads_of_many_dimensions(function, kind, e, m) -> None:
     feature_map = elu_feature_map(e) if kind == "elu_plus_one" else Favor(e, 70, generator=3)
-    for omega in feature_map.buffers():
-        omega.copy_(omega.bfloat16() if omega.is_floating_point() else omega)
     attend = partial(FUNCTIONS[function], features=features_of(feature_map.to(DEVICE)))
     check(attend, make(70, H=1, E=e, M=m, dtype=torch.bfloat16), log_size=50.0)
 
