@@ -16,6 +16,7 @@ from fast_transformers.feature_maps import features_of
 
 from . import cpu, gpu_report
 from .contenders import ELU, FAVOR
+from .gpu_compile import first_calls
 from .gpu_contenders import DIM, make_map
 from .gpu_measure import ceilings, describe
 from .gpu_sections import Session, attention, decode, first_line, model
@@ -25,14 +26,18 @@ SECTIONS: dict[str, Callable[[Session], None]] = {
     "attention": attention,
     "decode": decode,
     "model": model,
+    "compile": first_calls,
 }
+SLOW = ("model", "compile")
 LENGTHS = [2**10, 2**12, 2**14, 2**16]
 QUICK_LENGTHS = [2**10, 2**14]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``python -m benchmarks gpu``."""
-    parser.add_argument("--quick", action="store_true", help="two lengths, no whole model")
+    parser.add_argument(
+        "--quick", action="store_true", help="two lengths, no whole model, no first calls"
+    )
     parser.add_argument("--only", nargs="+", choices=SECTIONS, metavar="SECTION",
                         help=f"what to measure; of {', '.join(SECTIONS)}")  # fmt: skip
     parser.add_argument("--lengths", nargs="+", type=int, metavar="N",
@@ -62,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
     log.add("ceilings", **found)
     lengths = sorted(args.lengths or (QUICK_LENGTHS if args.quick else LENGTHS))
     session = Session(log, lengths, seconds, found)
-    sections = args.only or [name for name in SECTIONS if name != "model" or not args.quick]
+    sections = args.only or [name for name in SECTIONS if name not in SLOW or not args.quick]
     for name in sections:
         try:
             SECTIONS[name](session)

@@ -22,7 +22,7 @@ def report(records: list[Record]) -> str:
         parts += [_times(records, section, which) for which in PASSES]
         parts.append(_host(records, section))
     parts += [_memory(records, section) for section in SECTIONS]
-    parts += [_decode(records), _model(records), _wrong(records)]
+    parts += [_decode(records), _model(records), _compile(records), _wrong(records)]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -109,6 +109,16 @@ def _decode(records: list[Record]) -> str:
     headers = ["", "microseconds", "of the rate of a copy"]
     title = f"One token of {here[0]['batch']} sequences, in a CUDA graph" if here else ""
     return table(headers, rows, title) if here else ""
+
+
+def _compile(records: list[Record]) -> str:
+    names = ("forward", "backward", "another length")
+    rows = [
+        [f"{r['map']}, {r['form']}", r["cache"], *(f"{r[name]:.2f}" for name in names)]
+        for r in select(records, "compile")
+        if "forward" in r
+    ]
+    return table(["", "cache", *names], rows, "First calls, s") if rows else ""
 
 
 def _model(records: list[Record]) -> str:

@@ -37,6 +37,55 @@ def test_as_accurate_as_the_reference(function, factory, dtype) -> None:
         assert_as_accurate(a, p, e, size=largest if i >= 2 else None, log_size=20.0)
 
 
+def relative_errors(function, feature_map, inputs, impl: str) -> list[float]:
+    """Of values, means and gradients, against those in float64."""
+    features = features_of(feature_map)
+    results = [
+        differentiate(partial(function, features=features, impl=name), given)
+        for name, given in ((impl, inputs), ("chunked", [x.double() for x in inputs]))
+    ]
+    return [float((a.double() - e).norm() / e.norm()) for a, e in zip(*results, strict=True)]
+
+
+@pytest.mark.parametrize(("e", "m"), [(256, 256), (256, 64), (64, 256), (160, 24)])
+@pytest.mark.parametrize("factory", [elu_feature_map, Favor.factory(n_dims=256)])
+@pytest.mark.parametrize("function", [ops.linear_attention, ops.causal_linear_attention])
+def test_heads_of_many_dimensions(function, factory, e, m) -> None:
+    """Kernels over many chunks; errors are those of factors rounded to bfloat16."""
+    inputs = [x.cuda() for x in make_qkv(1500, H=4, E=e, M=m, dtype=torch.bfloat16)]
+    feature_map = factory(e).cuda()
+    errors = relative_errors(function, feature_map, inputs, "triton")
+    assert max(errors) < 4 * torch.finfo(torch.bfloat16).eps, errors
+
+
+@pytest.mark.parametrize("function", [ops.linear_attention, ops.causal_linear_attention])
+def test_more_than_2_to_the_31_elements(function) -> None:
+    """The last sequence of a batch that no 32-bit number can index is as it is alone."""
+    n, length, heads, dims = 9, 2**18, 16, 64
+    count = n * length * heads * dims
+    assert count > 2**31
+    if torch.cuda.mem_get_info()[0] < 12 * 2 * count:
+        pytest.skip("needs more free memory")
+    generator = torch.Generator("cuda").manual_seed(0)
+    q, k, v = (
+        torch.randn(
+            n, length, heads, dims, device="cuda", dtype=torch.bfloat16, generator=generator
+        ).requires_grad_()
+        for _ in range(3)
+    )
+    features = features_of(elu_feature_map(dims))
+    values, state = function(q, k, v, features, impl="triton")
+    values.backward(torch.ones_like(values))
+    alone = [x.detach()[-1:].clone().requires_grad_() for x in (q, k, v)]
+    expected, last = function(*alone, features, impl="triton")
+    expected.backward(torch.ones_like(expected))
+    found = [values, state.kv, *(x.grad for x in (q, k, v))]
+    for whole, one in zip(found, [expected, last.kv, *(x.grad for x in alone)], strict=True):
+        assert whole is not None and one is not None  # noqa: PT018
+        difference = (whole.detach()[-1:].float() - one.detach().float()).norm()
+        assert difference <= torch.finfo(torch.bfloat16).eps * one.detach().float().norm()
+
+
 @pytest.mark.parametrize(
     ("attention", "name"), [("full", "elu"), *(("causal-linear", name) for name in MODELS)]
 )

@@ -47,6 +47,12 @@ def make_records() -> list[dict]:
     records.append({**case, "contender": "SDPA", "skipped": "out of memory"})
     speed = {**SPEED, "tokens per second": 1e5, "bytes": 2**30}
     records.append({**case, "contender": "ours", **speed})
+    first = {"forward": 5.25, "backward": 9.5, "another length": 0.01}
+    case = {"section": "compile", "map": "elu+1", "form": "full"}
+    records += [
+        {**case, "cache": "cold", **first},
+        {**case, "cache": "warm", "wrong": ["stopped"]},
+    ]
     return records
 
 
@@ -65,6 +71,8 @@ def test_tables_and_figures(monkeypatch, capsys, tmp_path) -> None:
     assert "0.05" in text
     assert "WRONG: too large" in text
     assert "100,000" in text
+    assert re.search(r"elu\+1, full +\| cold +\| 5\.25 +\| 9\.50", text)
+    assert "WRONG: stopped" in text
     assert "SDPA, model: out of memory" in text
     assert {path.name for path in tmp_path.glob("*.png")} == {"it-time.png", "it-memory.png"}
 

@@ -73,7 +73,7 @@ PATHS = {
     "fast_transformers.masking": "BaseMask FullMask LengthMask TriangularCausalMask",
     "fast_transformers.ops": (
         "linear_attention causal_linear_attention linear_attention_step LinearState Attended "
-        "Features Formula explain why_not FORMS register_elementwise"
+        "Features Composition Formula explain why_not FORMS register_elementwise"
     ),
     "fast_transformers.recurrent.attention": (
         "RecurrentAttentionLayer RecurrentFullAttention RecurrentLinearAttention "

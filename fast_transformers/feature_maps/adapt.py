@@ -92,13 +92,16 @@ def features_of(feature_map: Any) -> Features:
         queries, keys, exponential=exponential, any_heads=any_input, formula=formula
     )
     if formula is not None:
-        if formula.projection is None or not torch.is_grad_enabled():
+        projection = formula.projection
+        if projection is None or _trained(projection) or not torch.is_grad_enabled():
             return features
-        copy = formula.projection.detach().clone()
+        copy = projection.detach().clone()
         features = features._replace(formula=formula._replace(projection=copy))
         return _with_tensors(features, [(feature_map._buffers, "omega", copy)])
     if not isinstance(feature_map, nn.Module):
         return features
+    if isinstance(feature_map, FeatureMap):
+        features = features._replace(composition=feature_map.composition())
     if not any_input:
         own = [*feature_map.parameters(), *feature_map.buffers()]
         features = features._replace(

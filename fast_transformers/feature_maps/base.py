@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..ops import Formula
+from ..ops import Composition, Formula
 from ..ops.elementwise import NAMES, formula_of
 from .fitting import fit_weights
 
@@ -85,8 +85,10 @@ class FeatureMap(nn.Module):
         redefined = any(f"forward{part}" in own for part in ("", "_queries", "_keys"))
         if redefined and not any(n in own for n in ("log_queries", "log_keys", "exponential")):
             cls.exponential = False  # the inherited logarithms are those of other features
-        if "formula" not in own and any(name in own for name in _FORMULAS):
-            cls.formula = FeatureMap.formula  # the inherited name is that of other features
+        if any(name in own for name in _FORMULAS):  # what is inherited is of other features
+            for name in ("formula", "composition"):
+                if name not in own:
+                    setattr(cls, name, getattr(FeatureMap, name))
 
     def new_feature_map(self, device: torch.device | None = None) -> None:
         """Draw new random parameters, if the map has any.
@@ -197,6 +199,11 @@ class FeatureMap(nn.Module):
 
         They evaluate and differentiate such a map themselves, faster than through its methods.
         """
+        return None
+
+    def composition(self) -> Composition | None:
+        """The map as one with a formula, of linear maps of the queries and of the keys, say; None
+        if it is not made like that. Kernels then compute the map inside."""
         return None
 
     @property

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..ops import Composition
 from .adapt import build_feature_map
 from .base import widen
 from .heads import TwoSides
@@ -79,6 +80,9 @@ class Projected(Wrapper):
 
     def query_offset(self, x: Tensor) -> Tensor | float:
         return self.inner.query_offset(self._queries(x))
+
+    def composition(self) -> Composition | None:
+        return self._composed(self._queries, self._keys)
 
     def kernel(self, x: Tensor, y: Tensor) -> Tensor:
         return self.inner.kernel(self._queries(x), self._keys(y))

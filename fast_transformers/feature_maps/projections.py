@@ -122,6 +122,19 @@ def fill_(
     return omega.copy_(torch.cat(draws, 1))
 
 
+def draw_(
+    omega: Tensor, projection: str, generator: Generator | None = None, parts: int = 1
+) -> Tensor:
+    """As :func:`fill_`, rounded to numbers that bfloat16 holds.
+
+    Kernels multiply in the dtype of the inputs. Rounded when it is drawn, the same map is used in
+    every dtype; rounded later, features would be those of another one. What is rounded is random
+    anyway: the variance of an entry changes by 2^-18 of itself at most, and cosines of orthogonal
+    directions by about 2^-9 / sqrt(rows).
+    """
+    return omega.copy_(fill_(omega, projection, generator, parts).bfloat16())
+
+
 def orthogonal_random_matrix_(w: Tensor, generator: Generator | None = None) -> Tensor:
     """Fill ``w`` (rows, columns) with :func:`orthogonal` columns; the older library's name."""
     return fill_(w, "orthogonal", generator)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..ops.choose import exporting
 from .base import FeatureMap, widen
-from .projections import check_projection, fill_
+from .projections import check_projection, draw_
 
 
 @torch.library.custom_op(
@@ -24,7 +24,7 @@ def redraw_(
     """Count a call and draw, if it is time to; an operator, so that compiled models redraw."""
     n = int(calls)
     if n and n % every == 0:  # call 0 uses what was drawn first, or loaded
-        fill_(omega, projection, torch.Generator().manual_seed((int(seed) + n) % 2**63), parts)
+        draw_(omega, projection, torch.Generator().manual_seed((int(seed) + n) % 2**63), parts)
     calls += 1
 
 
@@ -95,7 +95,7 @@ class RandomFeatureMap(FeatureMap):
         self.register_buffer("omega", torch.empty(query_dimensions, columns))
         self.register_buffer("calls", torch.zeros((), dtype=torch.int64), persistent=False)
         self.register_buffer("seed", seed.to(self.omega.device), persistent=False)
-        fill_(self.omega, projection, torch.Generator().manual_seed(int(seed)), self.parts)
+        draw_(self.omega, projection, torch.Generator().manual_seed(int(seed)), self.parts)
 
     def new_feature_map(self, device: torch.device | None = None) -> None:
         """Redraw, if it is time to; see the class."""
@@ -113,7 +113,7 @@ class RandomFeatureMap(FeatureMap):
 
     def resample(self, generator: torch.Generator | None = None) -> None:
         """Draw ``omega`` now, from ``generator`` or torch's global one."""
-        fill_(self.omega, self.projection, generator, self.parts)
+        draw_(self.omega, self.projection, generator, self.parts)
 
     @property
     def orthogonal(self) -> bool:

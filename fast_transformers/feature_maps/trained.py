@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..ops import Composition, Features, Formula
 from .base import FeatureMap, widen
 from .heads import TwoSides
 
@@ -72,6 +73,18 @@ class T2R(_Linear):
 
     def forward_keys(self, x: Tensor) -> Tensor:
         return self.linear.of_keys(widen(x)).relu().to(x.dtype)
+
+    def formula(self) -> Formula | None:
+        """relu of one projection; a b, or a W for some only, is computed before the kernels."""
+        one = self.linear.queries
+        if self.heads is not None or self.linear.keys is not None or one.bias is not None:
+            return None
+        return Formula("projected_relu", one.weight, (1.0,))
+
+    def composition(self) -> Composition | None:
+        of_queries, of_keys = self.linear.of_queries, self.linear.of_keys
+        relu = Features(torch.relu, torch.relu, any_heads=True, formula=Formula("relu"))
+        return Composition(lambda x: of_queries(widen(x)), lambda x: of_keys(widen(x)), relu)
 
 
 class Hedgehog(_Linear):

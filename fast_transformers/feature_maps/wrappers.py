@@ -8,7 +8,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Generator, Tensor, nn
 
-from .adapt import build_feature_map, draw
+from ..ops import Composition
+from .adapt import build_feature_map, draw, features_of
 from .base import FeatureMap, elu_feature_map, widen
 from .random import RandomFeatureMap
 
@@ -66,6 +67,13 @@ class Wrapper(FeatureMap):
     def inner(self) -> FeatureMap:
         """The map inside, if there is one only; else the first."""
         return self.maps[0]
+
+    def _composed(
+        self, queries: Callable[[Tensor], Tensor], keys: Callable[[Tensor], Tensor]
+    ) -> Composition | None:
+        """The map inside, if it has a formula, of functions of queries and keys."""
+        inner = features_of(self.inner)
+        return None if inner.formula is None else Composition(queries, keys, inner)
 
     def _handed(self, x: Tensor, given: Tensor) -> Tensor:
         """x, computed in float32 at least, as the inner map takes it: in the dtype of what was
@@ -147,6 +155,9 @@ class Normalized(Wrapper):
 
     def query_offset(self, x: Tensor) -> Tensor | float:
         return self.inner.query_offset(self._input(x)) if self.of == "inputs" else 0.0
+
+    def composition(self) -> Composition | None:
+        return self._composed(self._input, self._input) if self.of == "inputs" else None
 
     def _input(self, x: Tensor) -> Tensor:
         return x if self.of == "features" else self._divide(widen(x)).to(x.dtype)

@@ -25,13 +25,14 @@ over all keys (:func:`linear_attention`) or over the keys j <= i
 from .api import causal_linear_attention, linear_attention, linear_attention_step
 from .choose import FORMS, explain, why_not
 from .elementwise import register_elementwise
-from .features import Features
+from .features import Composition, Features
 from .kinds import Formula
 from .state import Attended, LinearState
 
 __all__ = [
     "FORMS",
     "Attended",
+    "Composition",
     "Features",
     "LinearState",
     "Formula",

@@ -141,7 +141,7 @@ def linear_attention_step(
     Raises:
         TypeError, ValueError: as :func:`linear_attention`.
     """
-    features = IDENTITY if features is None else features
+    features = IDENTITY if features is None else features.by_functions
     checks.check_projection(features, q)
     with without_autocast(q):
         state = as_state(state, features.exponential)
@@ -200,6 +200,8 @@ def _attention(
             q, k, v, features = fused.evaluate(q, k, v, features, options["key_mask"])
             options["features"] = features
             impl = _form(options["impl"], q, k, v, features, causal)  # as many as there are
+        if impl != "triton":
+            options["features"] = features.by_functions
         if cu_seqlens is not None:
             options |= {"cu_seqlens": cu_seqlens, "cu_seqlens_keys": cu_seqlens_keys}
             if impl != "triton" or (causal and cu_seqlens_keys is not None):

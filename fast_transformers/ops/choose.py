@@ -22,7 +22,8 @@ FORMS = {
 }
 OLDEST_TRITON = (3, 4)
 CAPABILITY = 9  # of Hopper, the one the tiles were measured on; many others have less memory
-MOST_DIMS, MOST_FEATURES = 128, 512  # of the kernels
+MOST_DIMS, MOST_FEATURES = 256, 512  # of the kernels
+MOST_DIMS_FLOAT32 = 128  # of those whose factors take twice the memory
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # kernels run in Python, on any device
 
 
@@ -138,15 +139,19 @@ def _too_much(dtype: torch.dtype | None, dims: tuple[int, int], features: Featur
         return "queries, keys and values differ in dtype"
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"kernels sum in float32, the inputs are {dtype}".replace("torch.", "")
-    formula = features.formula
+    formula, most, why = features.formula, MOST_DIMS, ""
+    if dtype != torch.bfloat16:
+        most, why = MOST_DIMS_FLOAT32, f" in {dtype}".replace("torch.", "")
+    elif formula is not None and not KINDS[formula.kind].never_zero:
+        most, why = MOST_DIMS_FLOAT32, f" for {formula.kind}, whose factors are float32"
     if formula is not None:
         width = KINDS[formula.kind].width(formula, dims[0])
         if width > MOST_FEATURES:
             return f"kernels take {MOST_FEATURES} features, there are {width}"
-        if formula.projection is not None and dims[0] > MOST_DIMS:
-            return f"kernels take queries of {MOST_DIMS} dimensions, these have {dims[0]}"
-    if dims[1] > MOST_DIMS:
-        return f"kernels take values of {MOST_DIMS} dimensions, these have {dims[1]}"
+        if formula.projection is not None and dims[0] > most:
+            return f"kernels take queries of {most} dimensions{why}, these have {dims[0]}"
+    if dims[1] > most:
+        return f"kernels take values of {most} dimensions{why}, these have {dims[1]}"
     return None
 
 
@@ -188,6 +193,9 @@ def explain(
     for impl, purpose in FORMS.items():
         if impl == "triton" and features is not None and features.formula is None:
             purpose = f"kernels over features computed by torch, if at most {MOST_FEATURES}"
+            if features.composition is not None:
+                kind = features.composition.inner.formula.kind
+                purpose = f"kernels that compute {kind} on chip, of rows computed by torch"
         reason = why_not(impl, **call)
         if impl == chosen:
             answer[impl] = f"chosen: {purpose}"

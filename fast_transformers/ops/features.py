@@ -32,6 +32,7 @@ class Features(NamedTuple):
         any_heads: the functions treat all heads alike, so they may be given some of them.
         formula: the same map by name, which the operators evaluate and differentiate themselves;
             None for a map that has no name there.
+        composition: the same map as one with a formula, of other rows; None if it is none.
     """
 
     queries: Callable[[Tensor], Tensor] = _identity
@@ -41,10 +42,39 @@ class Features(NamedTuple):
     dtype: torch.dtype | None = None
     any_heads: bool = False
     formula: Formula | None = None
+    composition: Composition | None = None
+
+    @property
+    def learned(self) -> bool:
+        """Whether the projection of the formula is to be given a gradient."""
+        projection = None if self.formula is None else self.formula.projection
+        if projection is None or not torch.is_grad_enabled():
+            return False
+        return projection.requires_grad or transformed(projection)
+
+    @property
+    def by_functions(self) -> Features:
+        """The map for forms that differentiate no projection: autograd does, by its functions."""
+        projection = None if self.formula is None else self.formula.projection
+        if projection is None or not self.learned:
+            return self
+        return self._replace(formula=None, parameters=(projection,))
 
     def cast(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         """x as the two functions are given it, for sums in ``dtype``."""
         return x.to(torch.promote_types(x.dtype, self.dtype) if self.dtype else dtype)
+
+
+class Composition(NamedTuple):
+    """phi(q) = inner(queries(q)), phi(k) = inner(keys(k)), and ``inner`` has a formula.
+
+    Torch computes the rows in between, in the dtype of the values as any linear layer before an
+    attention does, and their gradients; kernels compute the rest without writing a feature.
+    """
+
+    queries: Callable[[Tensor], Tensor]
+    keys: Callable[[Tensor], Tensor]
+    inner: Features
 
 
 IDENTITY = Features(any_heads=True, formula=Formula("identity"))

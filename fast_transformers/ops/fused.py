@@ -59,8 +59,13 @@ def evaluate(
     """A map without a formula, computed and differentiated by torch: its features of ``q`` and
     ``k`` in place of them, and the map that takes them as they are; all in one dtype.
 
-    Masked keys may hold anything, so the map sees zeros there.
+    Of a composition torch computes what the last map is given, not features. Masked keys may hold
+    anything, so the map sees zeros there.
     """
+    if features.composition is not None:
+        of_queries, of_keys, inner = features.composition
+        q, k = encode(of_queries, q, features), encode(of_keys, k, features, key_mask)
+        return q.to(v.dtype), k.to(v.dtype), v, inner
     q, k = encode(features.queries, q, features), encode(features.keys, k, features, key_mask)
     check_widths(q.shape[-1], k.shape[-1])
     # logarithms of features keep their precision, features are rounded as in the kernels
@@ -147,17 +152,19 @@ def fused(
 
 def _backward_shapes(
     settings: Settings, projection: Any, mask: Any, q: Tensor, k: Tensor, v: Tensor,
-    kv: Tensor | None, z: Tensor | None, *_: Any
+    kv: Tensor | None, z: Tensor | None, *rest: Any
 ) -> Results:  # fmt: skip
+    learned = rest[-1]
     state = (q.new_empty(0, dtype=torch.float32) if x is None else x for x in (kv, z))
-    return tuple(x.new_empty(x.shape) for x in (q, k, v, *state))
+    d_projection = projection if learned else q.new_empty(0, dtype=torch.float32)
+    return tuple(x.new_empty(x.shape) for x in (q, k, v, *state, d_projection))
 
 
 @operator(
     "fused_backward",
     f"{_INPUTS}, Tensor out, Tensor final_kv, Tensor final_z, Tensor final_shift, Tensor norm, "
-    "Tensor d_out, Tensor? d_kv, Tensor? d_z, bool causal) -> "
-    "(Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "Tensor d_out, Tensor? d_kv, Tensor? d_z, bool causal, bool learned) -> "
+    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _backward_shapes,
 )
 def fused_backward(
@@ -182,8 +189,10 @@ def fused_backward(
     d_kv: Tensor | None,
     d_z: Tensor | None,
     causal: bool,
+    learned: bool,
 ) -> Results:
-    """Gradients of q, k, v, and of the initial kv and z, which are empty if there are none."""
+    """Gradients of q, k, v, of the initial kv and z, which are empty if there are none, and of
+    the projection, which is empty unless it is ``learned``."""
     from .triton import passes
 
     state = passes.Sums(*map(_contiguous, (kv, z, shift)))
@@ -193,6 +202,7 @@ def fused_backward(
         gradients = passes.differentiate(
             settings, causal, projection, key_mask, q, k, v, state, out, norm,
             passes.Sums(*final), d_out, d_kv, d_z, *_starts(q, cu_seqlens, cu_seqlens_keys),
+            learned,
         )  # fmt: skip
     return tuple(q.new_empty(0, dtype=torch.float32) if x is None else x for x in gradients)
 
@@ -233,11 +243,13 @@ class Fused(Function):
         saved = ctx.saved_tensors
         kv, out = saved[5], saved[10]
         d_out = torch.zeros_like(out) if d_out is None else d_out
-        dq, dk, dv, d_kv, d_z = run(
-            FusedBackward, False, ctx.settings, ctx.causal, *saved, d_out, d_kv, d_z
+        learned = ctx.needs_input_grad[2]
+        dq, dk, dv, d_kv, d_z, d_projection = run(
+            FusedBackward, False, ctx.settings, (ctx.causal, learned), *saved, d_out, d_kv, d_z
         )
         state = (None, None) if kv is None else (d_kv, d_z)
-        return None, None, None, None, dq, dk, dv, *state, None, None, None
+        projection = d_projection if learned else None
+        return None, None, projection, None, dq, dk, dv, *state, None, None, None
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
@@ -246,16 +258,20 @@ class Fused(Function):
 
 
 class FusedBackward(BackwardPass):
+    """In the same place: ``causal``, and whether the projection is learned."""
+
     @staticmethod
     def forward(
-        settings: Settings, causal: bool, projection: Tensor | None, *tensors: Any
+        settings: Settings, which: tuple[bool, bool], projection: Tensor | None, *tensors: Any
     ) -> Results:
-        return fused_backward(settings, None, projection, *tensors, causal)
+        return fused_backward(settings, None, projection, *tensors, *which)
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
         _refuse_packed(args)
-        return folded(FusedBackward, info.batch_size, in_dims, args, [0] * 17, [0] * 5)
+        if args[1][1]:  # its gradient is a sum over what is mapped over
+            raise NotImplementedError(f"vmap of the gradient of a projection; {USE_REFERENCE}")
+        return folded(FusedBackward, info.batch_size, in_dims, args, [0] * 17, [0] * 6)
 
 
 def _refuse_packed(args: tuple[Any, ...]) -> None:

@@ -22,7 +22,7 @@ class Formula(NamedTuple):
 
     Attributes:
         kind: a key of :data:`KINDS`.
-        projection: (E, K) random directions of the kinds that project, never trained.
+        projection: (E, K) directions of the kinds that project, random or trained.
         numbers: what else the kind needs, see its class.
     """
 

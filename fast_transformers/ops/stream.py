@@ -147,7 +147,7 @@ def settings_of(
     features: Features, tensors: tuple[Tensor | None, ...], **options: Any
 ) -> Settings:
     formula = features.formula or Formula("")
-    inputs = (*tensors, *features.parameters)
+    inputs = (*tensors, *features.parameters, formula.projection)
     keep = torch.is_grad_enabled() and any(
         x is not None and (x.requires_grad or transformed(x)) for x in inputs
     )

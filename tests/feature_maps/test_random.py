@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from fast_transformers.feature_maps import (
+    PROJECTIONS,
     Favor,
     GeneralizedRandomFeatures,
     RandomFourierFeatures,
@@ -246,3 +247,25 @@ def test_a_subclass_with_other_features_is_not_taken_for_an_exponential() -> Non
 
     assert Favor.exponential
     assert not Clipped.exponential
+
+
+@pytest.mark.parametrize("projection", PROJECTIONS)
+def test_bfloat16_holds_what_is_drawn(projection) -> None:
+    """So that kernels, which multiply in the dtype of the inputs, use the same map in each."""
+    feature_map = Favor(64, n_dims=128, projection=projection, generator=1).train()
+    drawn = []
+    for again in (lambda: None, feature_map._redraw, feature_map._redraw, feature_map.resample):
+        again()
+        drawn.append(feature_map.omega.clone())
+        assert torch.equal(drawn[-1].bfloat16().float(), drawn[-1])
+    assert not torch.equal(drawn[0], drawn[2])
+    assert not torch.equal(drawn[2], drawn[3])
+
+
+def test_rounded_directions_stay_nearly_orthogonal() -> None:
+    """Each entry is rounded by 2^-9 of it at most, at random; two meet in every product."""
+    directions = Favor(64, n_dims=128, generator=1).omega.double()
+    directions = directions / directions.norm(dim=0)
+    cosines = directions.mT @ directions - torch.eye(64)
+    assert cosines.abs().max() < 2**-9
+    assert cosines.square().mean().sqrt() < 2 * 2**-9 / 64**0.5

@@ -9,6 +9,7 @@ import torch
 
 from fast_transformers import ops
 from fast_transformers.feature_maps import Favor, features_of
+from fast_transformers.feature_maps.base import relu_feature_map
 from fast_transformers.ops import Features, choose
 
 BFLOAT16 = {"dtype": torch.bfloat16}
@@ -22,18 +23,24 @@ BFLOAT16 = {"dtype": torch.bfloat16}
         ({"features": Features(lambda x: x)}, None),
         ({"dtype": torch.float64}, "kernels sum in float32, the inputs are float64"),
         ({"dtype": None}, "queries, keys and values differ in dtype"),
+        (BFLOAT16 | {"dims": (256, 256), "features": features_of(Favor(256, n_dims=512))}, None),
         (
-            BFLOAT16 | {"dims": (8, 129)},
-            "kernels take values of 128 dimensions, these have 129",
+            BFLOAT16 | {"dims": (8, 257)},
+            "kernels take values of 256 dimensions, these have 257",
+        ),
+        (
+            BFLOAT16 | {"dims": (8, 129), "features": features_of(relu_feature_map(8))},
+            "kernels take values of 128 dimensions for relu, whose factors are float32, "
+            "these have 129",
         ),
         (
             {"dims": (8, 129)},
-            "kernels take values of 128 dimensions, these have 129",
+            "kernels take values of 128 dimensions in float32, these have 129",
         ),
         ({"dims": (513, 8)}, "kernels take 512 features, there are 513"),
         (
             {"dims": (129, 8), "features": features_of(Favor(129, n_dims=8))},
-            "kernels take queries of 128 dimensions, these have 129",
+            "kernels take queries of 128 dimensions in float32, these have 129",
         ),
         ({"device": "cpu"}, "the tensors are on a device of type cpu, kernels need cuda"),
         ({"missing": "Triton is not installed"}, "Triton is not installed"),

@@ -17,6 +17,7 @@ from fast_transformers.feature_maps import (
     ActivationFunctionFeatureMap,
     Favor,
     GeneralizedRandomFeatures,
+    elu_feature_map,
     features_of,
 )
 from fast_transformers.ops import Features, Formula, LinearState
@@ -63,10 +64,7 @@ def _short_segments(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 def features(kind: str) -> Features:
     if kind in MAPS:
-        feature_map = MAPS[kind](E).to(DEVICE)
-        for omega in feature_map.buffers():  # kernels round it to the dtype of the inputs
-            omega.copy_(omega.bfloat16() if omega.is_floating_point() else omega)
-        return features_of(feature_map)
+        return features_of(MAPS[kind](E).to(DEVICE))
     exponential = KINDS[kind].exponential
     return Features(exponential=exponential, any_heads=True, formula=Formula(kind))
 
@@ -127,6 +125,15 @@ def test_wide(function) -> None:
     """Several tiles of values and of query dimensions."""
     favor = features_of(Favor(72, n_dims=140, generator=3).to(DEVICE))
     check(partial(FUNCTIONS[function], features=favor), make(20, H=1, E=72, M=72), log_size=50.0)
+
+
+@pytest.mark.parametrize(("e", "m"), [(256, 130), (40, 256), (160, 24)])
+@pytest.mark.parametrize("kind", ["elu_plus_one", "hyperbolic"])
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_heads_of_many_dimensions(function, kind, e, m) -> None:
+    feature_map = elu_feature_map(e) if kind == "elu_plus_one" else Favor(e, 70, generator=3)
+    attend = partial(FUNCTIONS[function], features=features_of(feature_map.to(DEVICE)))
+    check(attend, make(70, H=1, E=e, M=m, dtype=torch.bfloat16), log_size=50.0)
 
 
 @pytest.mark.parametrize("std", [1, 3, 10])
@@ -283,7 +290,8 @@ def test_operators_pass_opcheck(kind, causal, options) -> None:
         out, *rest = OPERATORS.fused(*constants, *tensors, causal)
         given = (torch.randn_like(out), torch.randn_like(rest[0]), torch.randn_like(rest[1]))
         opcheck(
-            OPERATORS.fused_backward.default, (*constants, *tensors, out, *rest, *given, causal)
+            OPERATORS.fused_backward.default,
+            (*constants, *tensors, out, *rest, *given, causal, False),
         )
 
 

@@ -110,6 +110,11 @@ def test_sizes(kind: str, E: int, M: int, K: int) -> None:
     compare(kind, E=E, M=M, K=K, steps=2, N=1)
 
 
+@pytest.mark.parametrize("kind", ["elu_plus_one", "hyperbolic"])
+def test_heads_of_many_dimensions(kind: str) -> None:
+    compare(kind, E=256, M=200, K=40, steps=2, N=1, H=1, dtype=torch.bfloat16)
+
+
 def test_the_widest() -> None:
     compare("hyperbolic", E=8, M=256, K=256, steps=2, N=1, H=1)
 

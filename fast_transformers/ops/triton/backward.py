@@ -71,7 +71,7 @@ def write_dq(
             du += slope(db, u, part, map)
         dx = pull_back(dx, dq, du, batch, h, start, now, weights, block, map)
     if map.weights is not None:
-        store_rows(dq, dx * map.back, batch, h, start, now, 0, map.E)
+        store_rows(dq.x, dx * map.back, batch, h, start, now, 0, map.E)
 
 
 @triton.jit
@@ -216,7 +216,7 @@ def write_dk_dv(
         dx *= map.back
         if map.KIND == "hyperbolic":
             dx -= (map.back * map.back * total)[:, None] * given_k.to(tl.float32)
-        store_rows(dk, dx, batch, h, start, now, 0, map.E)
+        store_rows(dk.x, dx, batch, h, start, now, 0, map.E)
 
 
 @triton.jit

@@ -23,7 +23,7 @@ from ..kinds import KINDS, Formula
 from . import backward as backward_kernels
 from . import forward as forward_kernels
 from . import sums as sum_kernels
-from .maps import Map, Rows
+from .maps import Gradient, Map, Rows
 from .plans import COLUMNS, WARPS, Plan, config, map_of, operand_of, plan, size_of, tf32
 from .scan import scan as scan_kernel
 from .sums import Sums
@@ -41,6 +41,10 @@ MOST_KINDS = 512  # of calls that are remembered
 
 def rows(x: Tensor) -> Rows:
     return Rows(x, *x.stride())
+
+
+def gradient(x: Tensor, u: Tensor | None) -> Gradient:
+    return Gradient(rows(x), None if u is None else rows(u))
 
 
 class Inputs(NamedTuple):
@@ -74,7 +78,7 @@ class Launch:
         self.exponential = kind.exponential
         self.features, self.m = kind.width(formula, k[3]), v[3]
         operand, _ = operand_of(settings.kind, dtype)
-        self.config = config(weights is not None, causal, operand)
+        self.config = config(k[3], self.m, weights is not None, causal, operand)
         self.tile = min(COLUMNS, size_of(self.m))
         self.map, self.dtype = map_of(formula, k[3], dtype, self.config.block)
         self.walk_map, _ = map_of(formula, k[3], dtype, self.config.walk_block)
@@ -195,9 +199,12 @@ class Launch:
 
     def each(
         self, kernel: Any, inputs: Inputs, n: int, length: int, cu: Tensor | None, sums: Sums,
-        flags: Tensor | None, *tensors: Any, whole: bool = True,
+        flags: Tensor | None, *tensors: Any, whole: bool = True, learned: bool = False,
     ) -> None:  # fmt: skip
-        """A kernel for each tile of queries or keys; another one for those of flagged chunks."""
+        """A kernel for each tile of queries or keys; another one for those of flagged chunks.
+
+        A ``learned`` projection is another variant: one more gradient is stored.
+        """
         which = EACH.index(kernel)
         size = self.config.rows[which]
         cut = plan(n, length, size, self.config.chunk, cu)
@@ -210,7 +217,7 @@ class Launch:
         for flagged in (False, True) if flags is not None else (False,):
             programs = triton.cdiv(tiles, TILES.value) if flagged else tiles
             self.start(
-                flagged, kernel, (programs, columns, 1), *inputs[:5], length, self.q_heads,
+                (flagged, learned), kernel, (programs, columns, 1), *inputs[:5], length, self.q_heads,
                 cut.table, cut.parts, tiles, sums, flags, *tensors, inputs.map, FLAGGED=flagged,
                 **options,
             )  # fmt: skip

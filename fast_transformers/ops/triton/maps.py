@@ -28,6 +28,13 @@ class Rows(NamedTuple):
     d: Any
 
 
+class Gradient(NamedTuple):
+    """Of rows, and of their products u with trained weights, (N, length, H, PAIRS), or None."""
+
+    x: Rows
+    u: Rows | None
+
+
 class Map(NamedTuple):
     """A feature map; the upper case is known when a kernel is compiled.
 
@@ -204,8 +211,10 @@ def slope(gradient, u, part: tl.constexpr, map):
 @triton.jit
 def pull_back(dx, to, du, n, h, start, valid, weights, block, map):
     """Add to the gradient of rows (C, BLOCK_E), or store the columns of an element-wise map."""
+    if to.u is not None:
+        store_rows(to.u, du, n, h, start, valid, block * map.BLOCK, map.PAIRS)
     if map.weights is None:
-        store_rows(to, du, n, h, start, valid, block * map.BLOCK, map.F)
+        store_rows(to.x, du, n, h, start, valid, block * map.BLOCK, map.F)
     else:
         weights = tl.trans(weights.to(map.OPERAND))
         dx = tl.dot(operand(du, map), weights, dx, input_precision=map.PRECISION)

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from ..call import Settings
 from . import backward, carried, forward, sums
-from .launch import NOTHING, Inputs, Launch, prepare, rows
+from .launch import NOTHING, Inputs, Launch, gradient, prepare, rows
+from .learned import of_products, of_projection
 from .sums import Sums
 
 
@@ -38,9 +39,10 @@ def differentiate(
     settings: Settings, causal: bool, projection: Tensor | None, mask: Tensor | None,
     q: Tensor, k: Tensor, v: Tensor, state: Sums, out: Tensor, norm: Tensor, final: Sums,
     d_out: Tensor, d_kv: Tensor | None, d_z: Tensor | None,
-    cu: Tensor | None, cu_keys: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:  # fmt: skip
-    """Gradients of q, k, v, and of the initial kv and z if there are any."""
+    cu: Tensor | None, cu_keys: Tensor | None, learned: bool,
+) -> tuple[Tensor | None, ...]:  # fmt: skip
+    """Gradients of q, k, v, of the initial kv and z if there are any, and of a projection that is
+    ``learned``."""
     shared = projection, mask, q, k, v, *state, cu, cu_keys
     call = prepare(settings, causal, *shared, out, norm, *final, d_out, d_kv, d_z)
     inputs = call.inputs(projection, mask, q, k, v)
@@ -53,17 +55,23 @@ def differentiate(
     before, flags = final, None
     if causal:
         before, flags = _along_keys(call, inputs, k, cu_keys, state, NOTHING, True)
-    tensors = before, flags, d_rows, norm, numbers, rows(out), rows(dq)
-    call.each(backward.differentiate_queries, inputs, n, length, cu, *tensors)
+    du = of_products(call, q) if learned else None
+    tensors = before, flags, d_rows, norm, numbers, rows(out), gradient(dq, du)
+    call.each(backward.differentiate_queries, inputs, n, length, cu, *tensors, learned=learned)
+    d_projection = None if du is None else of_projection(call, q, None, du)
     del before, tensors  # their memory serves what follows
     plan = call.segments(n, length, call.q_heads, call.blocks * call.columns, cu)
     walk = (inputs.q, d_rows, numbers, length), plan, call.q_heads, inputs.walk_map
     after, flags = call.along(sums.walk_queries, *walk, start, total, causal)
-    tensors = after, flags, d_rows, numbers, rows(dk), rows(dv)
-    call.each(backward.differentiate_keys, inputs, n, k.shape[1], cu_keys, *tensors)
+    du = of_products(call, k) if learned else None
+    tensors = after, flags, d_rows, numbers, gradient(dk, du), rows(dv)
+    size = k.shape[1]
+    call.each(backward.differentiate_keys, inputs, n, size, cu_keys, *tensors, learned=learned)
+    if du is not None:
+        d_projection = of_projection(call, k, mask, du).add_(d_projection).to(projection.dtype)
     if call.groups > 1:
         dk, dv = (x.unflatten(2, (call.heads, -1)).sum(3).to(k.dtype) for x in (dk, dv))
-    return dq, dk, dv, *_of_state(call, state, total)
+    return dq, dk, dv, *_of_state(call, state, total), d_projection
 
 
 def _carry(

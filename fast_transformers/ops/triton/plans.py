@@ -45,6 +45,8 @@ WARPS = 4
 COLUMNS = 64  # value dimensions of a program, where they can be worked on apart
 # factors of 32 bits
 PRECISE = Config(32, 32, (32, 32, 32), 64, (None, None, None), (2, 2, 2), 1024)
+# as much as two stages of a program with more than 128 dimensions may hold
+WIDE = Config(32, 32, (32, 32, 32), 64, (None, None, None), (2, 2, 2), 1024)
 # whether maps multiply by weights, and whether attention is causal
 SHORT = {
     (True, True): Config(32, 64, (64, 64, 64), 64, (168, None, 168), (3, 3, 2), 792),
@@ -54,8 +56,13 @@ SHORT = {
 }
 
 
-def config(projected: bool, causal: bool, operand: torch.dtype) -> Config:
-    return PRECISE if operand == torch.float32 else SHORT[projected, causal]
+def config(e: int, m: int, projected: bool, causal: bool, operand: torch.dtype) -> Config:
+    """For E and M dimensions; rows of a program are whole, but where maps are element-wise."""
+    if operand == torch.float32:
+        return PRECISE
+    if m > 128 or (projected and e > 128):
+        return WIDE
+    return SHORT[projected, causal]
 
 
 def operand_of(kind: str, dtype: torch.dtype) -> tuple[torch.dtype, str]:
