@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import Composition, Formula
-from ..ops.elementwise import NAMES, formula_of
+from ..ops.elementwise import elu_plus_one, formula_of
 from .fitting import fit_weights
 
 
@@ -277,18 +277,6 @@ class ActivationFunctionFeatureMap(FeatureMap):
 
     def kernel(self, x: Tensor, y: Tensor) -> Tensor:
         return (self(x) * self(y)).sum(-1)
-
-
-def elu_plus_one(x: Tensor) -> Tensor:
-    """elu(x) + 1, written so that small values survive: exp(x) below 0, 1 + x above.
-
-    Adding 1 to elu(x) = exp(x) - 1 would round to 0 in bfloat16 from x = -6 down.
-    """
-    positive = x.relu()
-    return (x - positive).exp() + positive
-
-
-NAMES[elu_plus_one] = "elu_plus_one"
 
 
 def elu_feature_map(query_dims: int) -> ActivationFunctionFeatureMap:

@@ -12,7 +12,21 @@ from .kinds import KINDS, Formula, Kind, Projected
 
 Function = Callable[[Tensor], Tensor]
 
-NAMES: dict[Function, str] = {torch.relu: "relu", torch.nn.functional.relu: "relu"}
+
+def elu_plus_one(x: Tensor) -> Tensor:
+    """elu(x) + 1, written so that small values survive: exp(x) below 0, 1 + x above.
+
+    Adding 1 to elu(x) = exp(x) - 1 would round to 0 in bfloat16 from x = -6 down.
+    """
+    positive = x.relu()
+    return (x - positive).exp() + positive
+
+
+NAMES: dict[Function, str] = {
+    torch.relu: "relu",
+    torch.nn.functional.relu: "relu",
+    elu_plus_one: "elu_plus_one",
+}
 KERNELS: dict[str, tuple[Any, Any]] = {}  # of the registered ones
 
 

@@ -19,7 +19,7 @@ from fast_transformers.feature_maps import (
     elu_feature_map,
     features_of,
 )
-from fast_transformers.feature_maps.base import elu_plus_one
+from fast_transformers.ops.elementwise import elu_plus_one
 from tests.support import make_qkv
 
 

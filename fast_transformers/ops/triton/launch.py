@@ -217,9 +217,9 @@ class Launch:
         for flagged in (False, True) if flags is not None else (False,):
             programs = triton.cdiv(tiles, TILES.value) if flagged else tiles
             self.start(
-                (flagged, learned), kernel, (programs, columns, 1), *inputs[:5], length, self.q_heads,
-                cut.table, cut.parts, tiles, sums, flags, *tensors, inputs.map, FLAGGED=flagged,
-                **options,
+                (flagged, learned), kernel, (programs, columns, 1), *inputs[:5], length,
+                self.q_heads, cut.table, cut.parts, tiles, sums, flags, *tensors, inputs.map,
+                FLAGGED=flagged, **options,
             )  # fmt: skip
 
     def carry(self, kernel: Any, inputs: Inputs, plan: Plan, length: int, *tensors: Any) -> None:
