@@ -37,6 +37,7 @@ class FastTransformerForCausalLM(Generates, EncoderModel, GenerationMixin):
     Any number of tokens can go on from a state: a prompt is read in parallel, in chunks if
     wanted, and then continued token by token. ``generate`` does so unless ``use_cache=False``.
 
+    >>> from fast_transformers.hf import FastTransformerConfig
     >>> model = FastTransformerForCausalLM(FastTransformerConfig(n_layers=2, d_model=32))
     >>> model.generate(torch.tensor([[256]]), max_new_tokens=5, do_sample=False).shape
     torch.Size([1, 6])
