@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import runpy
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -143,6 +144,21 @@ def test_favor_is_exact_at_any_norm(function, std) -> None:
     inputs = make(131, H=1, E=64, std=std)
     logs = float(favor.keys(inputs[1]).abs().max())
     check(partial(FUNCTIONS[function], features=favor), inputs, log_size=logs)
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_queries_far_from_the_first_directions(function) -> None:
+    """Their largest factors are 2^200 times those of the block that kernels look at first."""
+    favor = Favor(64, n_dims=140, generator=3).to(DEVICE)
+    q, k, v = make(70, H=1, E=64)
+    first, last = favor.omega[:, :32], favor.omega[:, 69]
+    last = last - first @ torch.linalg.lstsq(first, last).solution
+    q[:, 5] = 60 * last / last.norm()
+    logs = favor.log_queries(q[:, 5])[0, 0].unflatten(0, (2, 70))
+    assert logs.max() - logs[:, :32].max() > 200 * math.log(2)
+    logs = float(logs.abs().max())
+    attend = partial(FUNCTIONS[function], features=features_of(favor))
+    check(attend, [q, k, v], log_size=logs)
 
 
 def with_state(function: Callable[..., ops.Attended], state: LinearState, **options: Any) -> Any:

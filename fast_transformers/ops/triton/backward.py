@@ -139,10 +139,10 @@ def differentiate_queries(
     its norm and delta, are stored for what comes after."""
     if FLAGGED:
         first, last = flagged_tiles(
-            tiles, flags, table, parts, length, heads, GROUPS, C, CHUNK, True
+            tiles, flags, table, parts, length, heads, GROUPS, C, CHUNK, CAUSAL, True
         )
         for tile in range(first, last):
-            if is_flagged(tile, flags, table, parts, length, heads, GROUPS, C, CHUNK, True):
+            if is_flagged(tile, flags, table, parts, length, heads, GROUPS, C, CHUNK, True, True):
                 differentiate_queries_tile(
                     tile, q, k, v, mask, mask_n, length, heads, table, parts, sums, d_out, norm,
                     numbers, out, dq, map, GROUPS, M, BLOCK_M, C, CHUNK, EXPONENTIAL, CAUSAL,
@@ -283,10 +283,10 @@ def differentiate_keys(
     """
     if FLAGGED:
         first, last = flagged_tiles(
-            tiles, flags, table, parts, length, heads, GROUPS, C, CHUNK, False
+            tiles, flags, table, parts, length, heads, GROUPS, C, CHUNK, CAUSAL, False
         )
         for tile in range(first, last):
-            if is_flagged(tile, flags, table, parts, length, heads, GROUPS, C, CHUNK, False):
+            if is_flagged(tile, flags, table, parts, length, heads, GROUPS, C, CHUNK, True, False):
                 differentiate_keys_tile(
                     tile, q, k, v, mask, mask_n, length, heads, table, parts, sums, d_out,
                     numbers, dk, dv, map, GROUPS, M, BLOCK_M, C, CHUNK, EXPONENTIAL, CAUSAL,

@@ -6,7 +6,8 @@ with the sums S, z over the keys before the chunk, and the factors p of queries 
 keys. A program goes through the features of one block of queries, block by block; they are
 never all there. Exponential features: kappa is at most 2^SLACK relative to the shift of the
 sums, which every query of the chunk has seen; p is also relative to the largest factor of its
-query.
+query in the first block of features, which may be exceeded by far: then the denominator is huge
+and the tile is flagged, to be worked on again relative to the largest factor of all.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ from .maps import (
 )
 from .sums import SLACK, at_row, load_shift, load_sums
 from .tiles import flagged_tiles, is_flagged, place, values_of
+
+MOST = tl.constexpr(2.0**90)  # of a denominator; what is above the fraction line is as large
 
 
 @triton.jit
@@ -66,19 +69,19 @@ def largest(
     q, k, batch, h, of_key, start, first_key, valid, kept, given_q, given_k, offset, seen, sums,
     index, map, FLAGGED: tl.constexpr,
 ):  # fmt: skip
-    """The largest factor of each query (C,), as a logarithm.
+    """The largest factor of each query (C,) in the first block or, FLAGGED, of all; a logarithm.
 
     Found before the factors are used, so that no sum needs to be lowered on the way.
     """
     largest = tl.full((valid.shape[0], map.BLOCK), float("-inf"), tl.float32)
-    for block in range(0, map.BLOCKS):
+    for block in range(0, map.BLOCKS if FLAGGED else 1):
         weights = load_weights(map, block)
         u = project(q, batch, h, start, valid, given_q, weights, block, map, False)
-        if FLAGGED:
+        if seen is not None:
             u_k = project(k, batch, of_key, first_key, kept, given_k, weights, block, map, False)
         for part in tl.static_range(map.PARTS):
             anchor = load_shift(sums, index, block, part, map)
-            if FLAGGED:
+            if seen is not None:
                 anchor = anchor_of(
                     encode(u_k, offset, kept, block, part, map, False), seen, anchor
                 )
@@ -135,10 +138,13 @@ def look_up(
 @triton.jit
 def write(
     out, norm, top, bottom, pairs, offsets, values, ahead, valid, batch, h, start, length, heads,
-    eps, column, map,
+    eps, column, flag, map,
     M: tl.constexpr, EXPONENTIAL: tl.constexpr, CAUSAL: tl.constexpr,
 ):  # fmt: skip
-    """Store the values, and what the backward pass needs of their denominators."""
+    """Store the values, and what the backward pass needs of their denominators.
+
+    Set the ``flag``, if there is one, where they are not to be used.
+    """
     if CAUSAL:
         r, j = tl.arange(0, pairs.shape[0]), tl.arange(0, pairs.shape[1])
         pairs = tl.where((r + ahead)[:, None] >= j[None, :], pairs, 0.0)
@@ -146,6 +152,8 @@ def write(
         bottom += tl.sum(pairs, 1)
     if not EXPONENTIAL:
         bottom += eps
+    if flag is not None:
+        tl.store(flag + tl.zeros(bottom.shape, tl.int32), 1, valid & ~(bottom <= MOST))
     none = bottom == 0.0
     bottom = tl.where(none, 1.0, bottom)
     inverse = tl.where(none, 0.0, 1.0 / bottom)
@@ -162,7 +170,7 @@ def write(
 
 @triton.jit
 def attend_tile(
-    tile, q, k, v, mask, mask_n, length, heads, table, parts, sums, out, norm, eps, map,
+    tile, q, k, v, mask, mask_n, length, heads, table, parts, sums, flags, out, norm, eps, map,
     GROUPS: tl.constexpr, M: tl.constexpr, BLOCK_M: tl.constexpr, C: tl.constexpr,
     CHUNK: tl.constexpr, EXPONENTIAL: tl.constexpr, CAUSAL: tl.constexpr, FLAGGED: tl.constexpr,
 ):  # fmt: skip
@@ -181,7 +189,10 @@ def attend_tile(
         offset = offset_of(given_k, kept, map)
     else:
         first_key, ahead, kept, given_k, offset, values = 0, 0, None, None, None, None
-    if FLAGGED:
+    flag = None
+    if EXPONENTIAL and not FLAGGED:
+        flag = flags + (index if CAUSAL else tile)
+    if FLAGGED and CAUSAL:
         j = tl.arange(0, CHUNK)
         low = 0
         while low < C:
@@ -197,17 +208,17 @@ def attend_tile(
             now = valid & (r >= low) & (r < high)
             write(
                 out, norm, top, bottom, pairs, offsets, values, ahead, now, batch, h, start,
-                length, heads, eps, column, map, M, EXPONENTIAL, CAUSAL,
+                length, heads, eps, column, flag, map, M, EXPONENTIAL, CAUSAL,
             )  # fmt: skip
             low = high
     else:
         top, bottom, pairs, offsets = look_up(
             q, k, batch, h, of_key, start, first_key, valid, kept, given_q, given_k, offset,
-            None, sums, index, column, map, M, BLOCK_M, EXPONENTIAL, CAUSAL, False,
+            None, sums, index, column, map, M, BLOCK_M, EXPONENTIAL, CAUSAL, FLAGGED,
         )  # fmt: skip
         write(
             out, norm, top, bottom, pairs, offsets, values, ahead, valid, batch, h, start,
-            length, heads, eps, column, map, M, EXPONENTIAL, CAUSAL,
+            length, heads, eps, column, flag, map, M, EXPONENTIAL, CAUSAL,
         )  # fmt: skip
 
 
@@ -223,16 +234,18 @@ def attend(
     """
     if FLAGGED:
         first, last = flagged_tiles(
-            tiles, flags, table, parts, length, heads, GROUPS, C, CHUNK, True
+            tiles, flags, table, parts, length, heads, GROUPS, C, CHUNK, CAUSAL, True
         )
         for tile in range(first, last):
-            if is_flagged(tile, flags, table, parts, length, heads, GROUPS, C, CHUNK, True):
+            if is_flagged(
+                tile, flags, table, parts, length, heads, GROUPS, C, CHUNK, CAUSAL, True
+            ):
                 attend_tile(
-                    tile, q, k, v, mask, mask_n, length, heads, table, parts, sums, out, norm,
-                    eps, map, GROUPS, M, BLOCK_M, C, CHUNK, EXPONENTIAL, CAUSAL, FLAGGED,
+                    tile, q, k, v, mask, mask_n, length, heads, table, parts, sums, flags, out,
+                    norm, eps, map, GROUPS, M, BLOCK_M, C, CHUNK, EXPONENTIAL, CAUSAL, FLAGGED,
                 )  # fmt: skip
     else:
         attend_tile(
-            tl.program_id(0), q, k, v, mask, mask_n, length, heads, table, parts, sums, out, norm,
-            eps, map, GROUPS, M, BLOCK_M, C, CHUNK, EXPONENTIAL, CAUSAL, FLAGGED,
+            tl.program_id(0), q, k, v, mask, mask_n, length, heads, table, parts, sums, flags,
+            out, norm, eps, map, GROUPS, M, BLOCK_M, C, CHUNK, EXPONENTIAL, CAUSAL, FLAGGED,
         )  # fmt: skip

@@ -201,7 +201,7 @@ class Launch:
         self, kernel: Any, inputs: Inputs, n: int, length: int, cu: Tensor | None, sums: Sums,
         flags: Tensor | None, *tensors: Any, whole: bool = True, learned: bool = False,
     ) -> None:  # fmt: skip
-        """A kernel for each tile of queries or keys; another one for those of flagged chunks.
+        """A kernel for each tile of queries or keys; another one for those that are flagged.
 
         A ``learned`` projection is another variant: one more gradient is stored.
         """
@@ -214,6 +214,8 @@ class Launch:
             maxnreg=self.config.registers[which == 2],
         )  # fmt: skip
         tiles, columns = cut.total * self.q_heads, 1 if whole else self.columns
+        if which == 0 and self.exponential and flags is None:
+            flags = self.empty(tiles, dtype=torch.int8).zero_()
         for flagged in (False, True) if flags is not None else (False,):
             programs = triton.cdiv(tiles, TILES.value) if flagged else tiles
             self.start(

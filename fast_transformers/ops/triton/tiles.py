@@ -48,27 +48,30 @@ def values_of(
 @triton.jit
 def is_flagged(
     tile, flags, table, parts, length, heads, GROUPS: tl.constexpr, C: tl.constexpr,
-    CHUNK: tl.constexpr, OF_KEYS: tl.constexpr,
+    CHUNK: tl.constexpr, CAUSAL: tl.constexpr, OF_KEYS: tl.constexpr,
 ):  # fmt: skip
-    """Whether the chunk of a tile, or of each of some tiles, is flagged (see ``sums.step``)."""
-    _, _, _, _, _, _, _, index = place(
-        tile, table, parts, length, heads, GROUPS, C, CHUNK, True, OF_KEYS
-    )
+    """Whether a tile, or each of some tiles, is flagged: if CAUSAL with its chunk (see
+    ``sums.step``)."""
+    index = tile
+    if CAUSAL:
+        _, _, _, _, _, _, _, index = place(
+            tile, table, parts, length, heads, GROUPS, C, CHUNK, True, OF_KEYS
+        )
     return tl.load(flags + index) != 0
 
 
 @triton.jit
 def flagged_tiles(
     tiles, flags, table, parts, length, heads, GROUPS: tl.constexpr, C: tl.constexpr,
-    CHUNK: tl.constexpr, OF_KEYS: tl.constexpr,
+    CHUNK: tl.constexpr, CAUSAL: tl.constexpr, OF_KEYS: tl.constexpr,
 ):  # fmt: skip
     """First and last tile of a program of a FLAGGED kernel, none if none of them is flagged.
 
-    Such a kernel replaces what another has stored for flagged chunks, of which there are hardly
+    Such a kernel replaces what another has stored for flagged tiles, of which there are hardly
     ever any: few programs look at many tiles each, since to start one takes time, too.
     """
     first = tl.program_id(0) * TILES
     these = tl.minimum(first + tl.arange(0, TILES), tiles - 1)
-    found = is_flagged(these, flags, table, parts, length, heads, GROUPS, C, CHUNK, OF_KEYS)
+    found = is_flagged(these, flags, table, parts, length, heads, GROUPS, C, CHUNK, CAUSAL, OF_KEYS)
     last = tl.minimum(first + TILES, tiles)
     return first, tl.where(tl.max(found.to(tl.int32), 0) > 0, last, first)
