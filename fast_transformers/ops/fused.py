@@ -83,7 +83,7 @@ def _attend(
         check_state_width(state.kv.shape[2], KINDS[formula.kind].width(formula, k.shape[-1]))
     tensors = (key_mask, q, k, v, *sums_of(state), *(sequences or (None, None)))
     settings = settings_of(features, tensors, eps=eps)
-    out, *final, _ = run(Fused, settings.keep, settings, causal, formula.projection, *tensors)
+    out, *final, _, _ = run(Fused, settings.keep, settings, causal, formula.projection, *tensors)
     return out, state_of(features, *final)
 
 
@@ -99,8 +99,10 @@ def _final_shape(
 
 def _shapes(
     settings: Settings, projection: Tensor | None, mask: Any, q: Tensor, k: Tensor, v: Tensor,
-    kv: Any, z: Any, shift: Any, cu_seqlens: Tensor | None, *_: Any
+    kv: Any, z: Any, shift: Any, cu_seqlens: Tensor | None, _: Any, causal: bool
 ) -> Results:  # fmt: skip
+    from .triton.launch import Launch, keeps
+
     out = v.new_empty(*q.shape[:3], v.shape[-1])
     final = v.new_empty(
         _final_shape(settings, projection, q, k, v, cu_seqlens), dtype=torch.float32
@@ -109,7 +111,12 @@ def _shapes(
     shift = z.new_empty(z.shape) if KINDS[settings.kind].exponential else None
     n, length, heads = q.shape[:3]
     norm = z.new_empty(n, heads, length if settings.keep else 0)
-    return out, *present((final, z, shift)), norm
+    kept = n, 0
+    if keeps(settings, causal, cu_seqlens):
+        shape = None if projection is None else projection.shape
+        call = Launch(settings, causal, shape, q.shape, k.shape, v.shape, k.dtype, k.device)
+        kept = call.kept(n, length)
+    return out, *present((final, z, shift)), norm, z.new_empty(kept)
 
 
 _INPUTS = (
@@ -118,7 +125,7 @@ _INPUTS = (
 )
 
 
-@operator("fused", f"{_INPUTS}, bool causal) -> (Tensor, Tensor, Tensor, Tensor, Tensor)", _shapes)
+@operator("fused", f"{_INPUTS}, bool causal) -> ({', '.join(['Tensor'] * 6)})", _shapes)
 def fused(
     settings: Settings,
     features: None,
@@ -134,12 +141,13 @@ def fused(
     cu_seqlens_keys: Tensor | None,
     causal: bool,
 ) -> Results:
-    """Values, the final sums (3), and what the backward pass needs of the denominators."""
+    """Values, the final sums (3), and for the backward pass what it needs of the denominators,
+    and sums on the way."""
     from .triton import passes
 
     state = passes.Sums(*map(_contiguous, (kv, z, shift)))
     with torch.cuda.device_of(q):
-        out, final, norm = passes.attend(
+        out, final, norm, kept = passes.attend(
             settings, causal, projection, key_mask, q, k, v, state,
             *_starts(q, cu_seqlens, cu_seqlens_keys),
         )  # fmt: skip
@@ -147,7 +155,7 @@ def fused(
     kv, z, shift = (None if x is None else x.unflatten(0, shape) for x in final)
     if norm is None:
         norm = q.new_empty(q.shape[0], q.shape[2], 0, dtype=torch.float32)
-    return out, *present((kv, z, shift)), norm  # pyright: ignore[reportArgumentType]
+    return out, *present((kv, z, shift)), norm, kept  # pyright: ignore[reportArgumentType]
 
 
 def _backward_shapes(
@@ -163,7 +171,7 @@ def _backward_shapes(
 @operator(
     "fused_backward",
     f"{_INPUTS}, Tensor out, Tensor final_kv, Tensor final_z, Tensor final_shift, Tensor norm, "
-    "Tensor d_out, Tensor? d_kv, Tensor? d_z, bool causal, bool learned) -> "
+    "Tensor kept, Tensor d_out, Tensor? d_kv, Tensor? d_z, bool causal, bool learned) -> "
     "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _backward_shapes,
 )
@@ -185,6 +193,7 @@ def fused_backward(
     final_z: Tensor,
     final_shift: Tensor,
     norm: Tensor,
+    kept: Tensor,
     d_out: Tensor,
     d_kv: Tensor | None,
     d_z: Tensor | None,
@@ -200,7 +209,7 @@ def fused_backward(
     final = (None if x is None else x.flatten(0, 1) for x in sums)
     with torch.cuda.device_of(q):
         gradients = passes.differentiate(
-            settings, causal, projection, key_mask, q, k, v, state, out, norm,
+            settings, causal, projection, key_mask, q, k, v, state, out, norm, kept,
             passes.Sums(*final), d_out, d_kv, d_z, *_starts(q, cu_seqlens, cu_seqlens_keys),
             learned,
         )  # fmt: skip
@@ -254,7 +263,7 @@ class Fused(Function):
     @staticmethod
     def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
         _refuse_packed(args)
-        return folded(Fused, info.batch_size, in_dims, args, [0] * 9, [0] * 5)
+        return folded(Fused, info.batch_size, in_dims, args, [0] * 9, [0] * 6)
 
 
 class FusedBackward(BackwardPass):
@@ -271,7 +280,7 @@ class FusedBackward(BackwardPass):
         _refuse_packed(args)
         if args[1][1]:  # its gradient is a sum over what is mapped over
             raise NotImplementedError(f"vmap of the gradient of a projection; {USE_REFERENCE}")
-        return folded(FusedBackward, info.batch_size, in_dims, args, [0] * 17, [0] * 6)
+        return folded(FusedBackward, info.batch_size, in_dims, args, [0] * 18, [0] * 6)
 
 
 def _refuse_packed(args: tuple[Any, ...]) -> None:

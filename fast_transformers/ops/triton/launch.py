@@ -120,13 +120,37 @@ class Launch:
     def options(self, **more: Any) -> dict[str, Any]:
         return dict(M=self.m, CHUNK=self.config.chunk, num_warps=WARPS, **more)
 
+    def parts(self, n: Any, length: Any, heads: int, blocks: int) -> Any:
+        """Most segments of a sequence, enough to fill a GPU; of sizes that may be symbolic."""
+        filling = self.config.programs // (torch.sym_max(1, n) * heads * blocks)
+        return torch.sym_max(1, torch.sym_min(filling, length // SHORTEST))
+
     def segments(self, n: int, length: int, heads: int, blocks: int, cu: Tensor | None) -> Plan:
-        """Parts that programs walk along, enough of them to fill a GPU."""
-        others = max(1, (n if cu is None else 1) * heads * blocks)
-        wanted = max(1, min(self.config.programs // others, length // SHORTEST))
+        """Parts that programs walk along."""
+        wanted = self.parts(n if cu is None else 1, length, heads, blocks)
         chunk = self.config.chunk
         size = max(1, triton.cdiv(triton.cdiv(length, wanted), chunk)) * chunk
         return plan(n, length, size, chunk, cu)
+
+    def kept(self, n: Any, length: Any) -> tuple[Any, Any]:
+        """Shape of the memory in which the sums before every segment of keys wait for the
+        backward pass; of no size if there is one segment."""
+        most = self.parts(n, length, self.heads, self.blocks * self.columns)
+        width = self.heads * self.features * (self.m + 1 + self.exponential)
+        return n, torch.sym_min(most - 1, 1) * most * width
+
+    def sums_in(self, memory: Tensor, plan: Plan) -> Sums | None:
+        """Such sums, None where none are needed or kept."""
+        if plan.parts == 1 or memory.numel() == 0:
+            return None
+        count = plan.total * self.heads * self.features
+        sizes = [count * self.m, count, count * self.exponential]
+        parts = memory.view(-1)[: sum(sizes)].split(sizes)
+        kv, z, shift = (
+            parts[0].view(-1, self.features, self.m),
+            *(x.view(-1, self.features) for x in parts[1:]),
+        )
+        return Sums(kv, z, shift if self.exponential else None)
 
     def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=self.device)
@@ -162,19 +186,19 @@ class Launch:
 
     def before(
         self, kernel: Any, tensors: tuple[Any, ...], plan: Plan, heads: int, map: Map,
-        start: Sums, end: Sums,
+        start: Sums, end: Sums, parts: Sums | None = None,
     ) -> Sums:  # fmt: skip
-        """Sums before each segment; those after all of them go to ``end``."""
-        parts = self.sums(plan.total * heads)
+        """Sums before each segment, in ``parts`` if given; those after all of them in ``end``."""
+        parts = parts or self.sums(plan.total * heads)
         self.walk(kernel, tensors, plan, heads, map, NOTHING, parts, False)
         self.scan(plan, heads, parts, start, end, kernel is sum_kernels.walk_queries)
         return parts
 
     def along(
         self, kernel: Any, tensors: tuple[Any, ...], plan: Plan, heads: int, map: Map,
-        start: Sums, end: Sums, store: bool,
+        start: Sums, end: Sums, store: bool, parts: Sums | None = None,
     ) -> tuple[Sums, Tensor | None]:  # fmt: skip
-        """Sums along whole sequences, from ``start`` to ``end``."""
+        """Sums along whole sequences, from ``start`` to ``end``; ``parts`` see ``before``."""
         if not store:
             if plan.table is None and plan.parts == 1:
                 self.walk(kernel, tensors, plan, heads, map, start, end, False)
@@ -182,7 +206,7 @@ class Launch:
                 self.before(kernel, tensors, plan, heads, map, start, end)
             return end, None
         if plan.parts > 1:
-            start = self.before(kernel, tensors, plan, heads, map, start, NOTHING)
+            start = self.before(kernel, tensors, plan, heads, map, start, NOTHING, parts)
         return self.walk(kernel, tensors, plan, heads, map, start, end, True)
 
     def scan(
@@ -233,6 +257,11 @@ class Launch:
                 BLOCK_M=size_of(self.m), GROUPS=self.groups, num_stages=self.config.stages[2]
             ),
         )  # fmt: skip
+
+
+def keeps(settings: Settings, causal: bool, cu: Tensor | None) -> bool:
+    """Whether the backward pass starts from sums of the forward pass."""
+    return settings.keep and causal and cu is None
 
 
 def _kind_of(x: Tensor | None) -> Any:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..call import Settings
 from . import backward, carried, forward, sums
-from .launch import NOTHING, Inputs, Launch, gradient, prepare, rows
+from .launch import NOTHING, Inputs, Launch, gradient, keeps, prepare, rows
 from .learned import of_products, of_projection
 from .sums import Sums
 
@@ -17,28 +17,30 @@ from .sums import Sums
 def attend(
     settings: Settings, causal: bool, projection: Tensor | None, mask: Tensor | None,
     q: Tensor, k: Tensor, v: Tensor, state: Sums, cu: Tensor | None, cu_keys: Tensor | None,
-) -> tuple[Tensor, Sums, Tensor | None]:  # fmt: skip
+) -> tuple[Tensor, Sums, Tensor | None, Tensor]:  # fmt: skip
     """Values (N, L, H*R, M) in the dtype of ``v``, the final sums, (sequences * H, F, M) and
-    (sequences * H, F), and norms (N, H*R, L) for the backward pass, if ``settings.keep``."""
+    (sequences * H, F), and for the backward pass, if ``settings.keep``, norms (N, H*R, L) and
+    the sums before segments."""
     call = prepare(settings, causal, projection, mask, q, k, v, *state, cu, cu_keys)
     inputs = call.inputs(projection, mask, q, k, v)
     n, length = q.shape[:2]
     out = q.new_empty(*q.shape[:3], v.shape[3], dtype=v.dtype)
     norm = call.empty(n, call.q_heads, length) if settings.keep else None
     final = call.sums((n if cu_keys is None else cu_keys.shape[0] - 1) * call.heads)
+    kept = call.empty(*(call.kept(n, length) if keeps(settings, causal, cu) else (n, 0)))
     to = rows(out), norm, settings.eps
     if call.carried:
-        _carry(call, inputs, n, length, cu, state, final, *to)
-        return out, final, norm
-    before, flags = _along_keys(call, inputs, k, cu_keys, state, final, causal)
+        _carry(call, inputs, n, length, cu, state, final, kept, *to)
+        return out, final, norm, kept
+    before, flags = _along_keys(call, inputs, k, cu_keys, state, final, causal, kept)
     call.each(forward.attend, inputs, n, length, cu, before, flags, *to, whole=False)
-    return out, final, norm
+    return out, final, norm, kept
 
 
 def differentiate(
     settings: Settings, causal: bool, projection: Tensor | None, mask: Tensor | None,
-    q: Tensor, k: Tensor, v: Tensor, state: Sums, out: Tensor, norm: Tensor, final: Sums,
-    d_out: Tensor, d_kv: Tensor | None, d_z: Tensor | None,
+    q: Tensor, k: Tensor, v: Tensor, state: Sums, out: Tensor, norm: Tensor, kept: Tensor,
+    final: Sums, d_out: Tensor, d_kv: Tensor | None, d_z: Tensor | None,
     cu: Tensor | None, cu_keys: Tensor | None, learned: bool,
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
     """Gradients of q, k, v, of the initial kv and z if there are any, and of a projection that is
@@ -54,7 +56,7 @@ def differentiate(
     d_rows, numbers = rows(d_out), call.empty(*norm.shape, 2)
     before, flags = final, None
     if causal:
-        before, flags = _along_keys(call, inputs, k, cu_keys, state, NOTHING, True)
+        before, flags = _along_keys(call, inputs, k, cu_keys, state, NOTHING, True, kept, True)
     du = of_products(call, q) if learned else None
     tensors = before, flags, d_rows, norm, numbers, rows(out), gradient(dq, du)
     call.each(backward.differentiate_queries, inputs, n, length, cu, *tensors, learned=learned)
@@ -76,23 +78,27 @@ def differentiate(
 
 def _carry(
     call: Launch, inputs: Inputs, n: int, length: int, cu: Tensor | None, start: Sums, end: Sums,
-    *to: Any
+    kept: Tensor, *to: Any
 ) -> None:  # fmt: skip
-    plan = call.segments(n, length, call.q_heads, 1, cu)
+    plan = call.segments(n, length, call.heads, 1, cu)
     if plan.table is not None or plan.parts > 1:
         tensors = (*inputs[1:5], length)
         walk = sums.walk_keys, tensors, plan, call.heads, inputs.walk_map
-        start, end = call.before(*walk, start, end), NOTHING
+        start, end = call.before(*walk, start, end, call.sums_in(kept, plan)), NOTHING
     call.carry(carried.attend_along, inputs, plan, length, start, end, *to)
 
 
 def _along_keys(
     call: Launch, inputs: Inputs, k: Tensor, cu: Tensor | None, state: Sums, final: Sums,
-    store: bool,
+    store: bool, kept: Tensor, again: bool = False,
 ) -> tuple[Sums, Tensor | None]:  # fmt: skip
+    """``kept`` takes the sums before segments, or has them if this is done ``again``."""
     plan = call.segments(*k.shape[:2], call.heads, call.blocks * call.columns, cu)
     walk = sums.walk_keys, (*inputs[1:5], k.shape[1]), plan, call.heads, inputs.walk_map
-    return call.along(*walk, state, final, store)
+    parts = call.sums_in(kept, plan)
+    if again and parts is not None:
+        return call.walk(*walk, parts, final, True)
+    return call.along(*walk, state, final, store, parts)
 
 
 def _gradient(call: Launch, x: Tensor) -> Tensor:

@@ -72,6 +72,8 @@ def flagged_tiles(
     """
     first = tl.program_id(0) * TILES
     these = tl.minimum(first + tl.arange(0, TILES), tiles - 1)
-    found = is_flagged(these, flags, table, parts, length, heads, GROUPS, C, CHUNK, CAUSAL, OF_KEYS)
+    found = is_flagged(
+        these, flags, table, parts, length, heads, GROUPS, C, CHUNK, CAUSAL, OF_KEYS
+    )
     last = tl.minimum(first + TILES, tiles)
     return first, tl.where(tl.max(found.to(tl.int32), 0) > 0, last, first)
