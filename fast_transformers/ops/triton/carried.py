@@ -1,4 +1,5 @@
-"""Values of causal attention whose features are so few that the sums stay in registers.
+"""Causal attention, and the gradients of its queries, of features that are so few that the sums
+stay in registers.
 
 A program walks along a segment of a sequence, from the sums before it, and adds each chunk to
 them when its queries have been answered: no sums are stored on the way. For features that are no
@@ -17,6 +18,8 @@ from .maps import (
     load_weights,
     operand,
     project,
+    pull_back,
+    slope,
     store_rows,
 )
 from .sums import at_row, is_kept, load_sums, locate, store_sums
@@ -24,10 +27,10 @@ from .sums import at_row, is_kept, load_sums, locate, store_sums
 
 @triton.jit
 def features_of(x, n, h, start, valid, kept, weights, map):
-    """phi (C, F) of a chunk; the features of keys that are not ``kept`` are 0."""
+    """phi (C, F) of a chunk, and u; the features of keys that are not ``kept`` are 0."""
     given = load_given(x, n, h, start, valid, map)
     u = project(x, n, h, start, valid, given, weights, 0, map, False)
-    return encode(u, None, kept, 0, 0, map, False)
+    return encode(u, None, kept, 0, 0, map, False), u
 
 
 @triton.jit(do_not_specialize=["length", "heads", "parts", "size", "mask_n"])
@@ -35,6 +38,7 @@ def attend_along(
     q, k, v, mask, mask_n, length, heads, table, parts, size, starts, end_sums, out, norm, eps,
     map,
     GROUPS: tl.constexpr, M: tl.constexpr, BLOCK_M: tl.constexpr, CHUNK: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """Values and norms of the queries of a segment, as ``forward.attend``."""
     pid = tl.program_id(0)
@@ -47,11 +51,11 @@ def attend_along(
     index = pid // heads * key_heads + of_key
     kv, z, _ = load_sums(starts, index, 0, 0, 0, map, M, BLOCK_M)
     r = tl.arange(0, CHUNK)
-    for start in range(first, end, CHUNK):
+    for start in tl.range(first, end, CHUNK, num_stages=STAGES):
         valid = start + r < end
         kept = is_kept(mask, mask_n, batch, start + r, start, end)
-        phi_q = features_of(q, batch, h, start, valid, None, weights, map)
-        phi_k = features_of(k, batch, of_key, start, kept, kept, weights, map)
+        phi_q, _u = features_of(q, batch, h, start, valid, None, weights, map)
+        phi_k, _u = features_of(k, batch, of_key, start, kept, kept, weights, map)
         values = load_rows(v, batch, of_key, start, kept, 0, M, BLOCK_M)
         values = values.to(map.OPERAND)
         factors, kappa = operand(phi_q, map), operand(phi_k, map)
@@ -71,3 +75,51 @@ def attend_along(
         if h % GROUPS == 0:
             own = sequence * key_heads + of_key
             store_sums(end_sums, own, 0, 0, 0, kv, z, z, map, M)
+
+
+@triton.jit(do_not_specialize=["length", "heads", "parts", "size", "mask_n"])
+def differentiate_queries_along(
+    q, k, v, mask, mask_n, length, heads, table, parts, size, starts, d_out, norm, numbers, out,
+    dq, map,
+    GROUPS: tl.constexpr, M: tl.constexpr, BLOCK_M: tl.constexpr, CHUNK: tl.constexpr,
+    STAGES: tl.constexpr,
+):  # fmt: skip
+    """Gradients and numbers of the queries of a segment, as ``backward.differentiate_queries``."""
+    pid = tl.program_id(0)
+    h = pid % heads
+    of_key, key_heads = h // GROUPS, heads // GROUPS
+    batch, sequence, first, end, begin, stop, _ = locate(
+        table, pid // heads, parts, size, length, CHUNK
+    )
+    weights = load_weights(map, 0)
+    index = pid // heads * key_heads + of_key
+    kv, z, _ = load_sums(starts, index, 0, 0, 0, map, M, BLOCK_M)
+    vk = tl.trans(kv)  # as both products want it
+    r = tl.arange(0, CHUNK)
+    for start in tl.range(first, end, CHUNK, num_stages=STAGES):
+        valid = start + r < end
+        kept = is_kept(mask, mask_n, batch, start + r, start, end)
+        at = at_row(batch, start + r, h, length, heads)
+        norms = tl.load(norm + at, valid, 0.0)
+        do = load_rows(d_out, batch, h, start, valid, 0, M, BLOCK_M)
+        y = load_rows(out, batch, h, start, valid, 0, M, BLOCK_M).to(tl.float32)
+        deltas = tl.sum(do.to(tl.float32) * y, 1)
+        to = numbers + at[:, None] * 2 + tl.arange(0, 2)[None, :]
+        tl.store(to, tl.join(norms, deltas), valid[:, None])
+        do = do.to(map.OPERAND)
+        values = load_rows(v, batch, of_key, start, kept, 0, M, BLOCK_M).to(map.OPERAND)
+        pairs = tl.dot(do, tl.trans(values), input_precision=map.PRECISION) - deltas[:, None]
+        pairs = operand(tl.where(r[:, None] >= r[None, :], pairs, 0.0), map)
+        phi, _u = features_of(k, batch, of_key, start, kept, kept, weights, map)
+        kappa = operand(phi, map)
+        db = tl.dot(do, operand(vk, map), input_precision=map.PRECISION)
+        db = tl.dot(pairs, kappa, db, input_precision=map.PRECISION)
+        db = (db - deltas[:, None] * z[None, :]) * norms[:, None]
+        _phi, u = features_of(q, batch, h, start, valid, None, weights, map)
+        dx = tl.zeros((CHUNK, map.BLOCK_E), tl.float32)
+        du = slope(db, u, 0, map)
+        dx = pull_back(dx, dq, du, batch, h, start, valid, weights, 0, map)
+        if map.weights is not None:
+            store_rows(dq.x, dx * map.back, batch, h, start, valid, 0, map.E)
+        vk = tl.dot(tl.trans(values), kappa, vk, input_precision=map.PRECISION)
+        z += tl.sum(phi, 0)

@@ -248,13 +248,16 @@ class Launch:
                 FLAGGED=flagged, **options,
             )  # fmt: skip
 
-    def carry(self, kernel: Any, inputs: Inputs, plan: Plan, length: int, *tensors: Any) -> None:
-        """A kernel for each segment, that carries the sums."""
+    def carry(
+        self, kernel: Any, inputs: Inputs, plan: Plan, length: int, *tensors: Any,
+        learned: bool = False,
+    ) -> None:  # fmt: skip
+        """A kernel for each segment, that carries the sums; ``learned`` as for ``each``."""
         self.start(
-            None, kernel, (plan.total * self.q_heads, 1, 1), *inputs[:5], length,
+            learned, kernel, (plan.total * self.q_heads, 1, 1), *inputs[:5], length,
             self.q_heads, plan.table, plan.parts, plan.size, *tensors, inputs.walk_map,
             **self.options(
-                BLOCK_M=size_of(self.m), GROUPS=self.groups, num_stages=self.config.stages[2]
+                BLOCK_M=size_of(self.m), GROUPS=self.groups, STAGES=self.config.stages[2]
             ),
         )  # fmt: skip
 

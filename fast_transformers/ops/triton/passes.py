@@ -11,6 +11,7 @@ from ..call import Settings
 from . import backward, carried, forward, sums
 from .launch import NOTHING, Inputs, Launch, gradient, keeps, prepare, rows
 from .learned import of_products, of_projection
+from .plans import Plan
 from .sums import Sums
 
 
@@ -30,7 +31,8 @@ def attend(
     kept = call.empty(*(call.kept(n, length) if keeps(settings, causal, cu) else (n, 0)))
     to = rows(out), norm, settings.eps
     if call.carried:
-        _carry(call, inputs, n, length, cu, state, final, kept, *to)
+        plan, start, final_of = _segments(call, inputs, n, length, cu, state, final, kept)
+        call.carry(carried.attend_along, inputs, plan, length, start, final_of, *to)
         return out, final, norm, kept
     before, flags = _along_keys(call, inputs, k, cu_keys, state, final, causal, kept)
     call.each(forward.attend, inputs, n, length, cu, before, flags, *to, whole=False)
@@ -54,14 +56,20 @@ def differentiate(
     if state.kv is not None or not causal:
         total = call.sums(final.kv.shape[0] // call.heads * call.q_heads)
     d_rows, numbers = rows(d_out), call.empty(*norm.shape, 2)
-    before, flags = final, None
-    if causal:
-        before, flags = _along_keys(call, inputs, k, cu_keys, state, NOTHING, True, kept, True)
     du = of_products(call, q) if learned else None
-    tensors = before, flags, d_rows, norm, numbers, rows(out), gradient(dq, du)
-    call.each(backward.differentiate_queries, inputs, n, length, cu, *tensors, learned=learned)
+    to = d_rows, norm, numbers, rows(out), gradient(dq, du)
+    before, flags = final, None
+    if call.carried:
+        plan, start_keys, _ = _segments(call, inputs, n, length, cu, state, NOTHING, kept, True)
+        kernel = carried.differentiate_queries_along
+        call.carry(kernel, inputs, plan, length, start_keys, *to, learned=learned)
+    else:
+        if causal:
+            before, flags = _along_keys(call, inputs, k, cu_keys, state, NOTHING, True, kept, True)
+        kernel = backward.differentiate_queries
+        call.each(kernel, inputs, n, length, cu, before, flags, *to, learned=learned)
     d_projection = None if du is None else of_projection(call, q, None, du)
-    del before, tensors  # their memory serves what follows
+    del before, to  # their memory serves what follows
     plan = call.segments(n, length, call.q_heads, call.blocks * call.columns, cu)
     walk = (inputs.q, d_rows, numbers, length), plan, call.q_heads, inputs.walk_map
     after, flags = call.along(sums.walk_queries, *walk, start, total, causal)
@@ -76,16 +84,21 @@ def differentiate(
     return dq, dk, dv, *_of_state(call, state, total), d_projection
 
 
-def _carry(
+def _segments(
     call: Launch, inputs: Inputs, n: int, length: int, cu: Tensor | None, start: Sums, end: Sums,
-    kept: Tensor, *to: Any
-) -> None:  # fmt: skip
+    kept: Tensor, again: bool = False,
+) -> tuple[Plan, Sums, Sums]:  # fmt: skip
+    """Segments to carry sums along, the sums before them, and where the final ones still have to
+    go; ``kept`` and ``again`` as for :func:`_along_keys`."""
     plan = call.segments(n, length, call.heads, 1, cu)
-    if plan.table is not None or plan.parts > 1:
+    if plan.table is None and plan.parts == 1:
+        return plan, start, end
+    parts = call.sums_in(kept, plan)
+    if parts is None or not again:
         tensors = (*inputs[1:5], length)
         walk = sums.walk_keys, tensors, plan, call.heads, inputs.walk_map
-        start, end = call.before(*walk, start, end, call.sums_in(kept, plan)), NOTHING
-    call.carry(carried.attend_along, inputs, plan, length, start, end, *to)
+        parts = call.before(*walk, start, end, parts)
+    return plan, parts, NOTHING
 
 
 def _along_keys(
