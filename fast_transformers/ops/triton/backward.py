@@ -42,7 +42,7 @@ def write_dq(
 ):  # fmt: skip
     """Store the gradient of the queries ``now``."""
     dx = tl.zeros((valid.shape[0], map.BLOCK_E), tl.float32)
-    for block in range(0, map.BLOCKS):
+    for block in tl.range(0, map.BLOCKS, num_stages=map.STAGES):
         weights = load_weights(map, block)
         u = project(q, batch, h, start, valid, given_q, weights, block, map, False)
         du = tl.zeros(u.shape, tl.float32)
@@ -168,7 +168,7 @@ def write_dk_dv(
     dx, total = tl.zeros((C, map.BLOCK_E), tl.float32), tl.zeros((C,), tl.float32)
     d_values = tl.zeros((C, BLOCK_M), tl.float32)
     weighted = tl.zeros((C, valid.shape[0] if CAUSAL else 1), tl.float32)
-    for block in range(0, map.BLOCKS):
+    for block in tl.range(0, map.BLOCKS, num_stages=map.STAGES):
         weights = load_weights(map, block)
         u = project(k, batch, of_key, start, kept, given_k, weights, block, map, False)
         du = tl.zeros(u.shape, tl.float32)

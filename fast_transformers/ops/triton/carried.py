@@ -38,7 +38,6 @@ def attend_along(
     q, k, v, mask, mask_n, length, heads, table, parts, size, starts, end_sums, out, norm, eps,
     map,
     GROUPS: tl.constexpr, M: tl.constexpr, BLOCK_M: tl.constexpr, CHUNK: tl.constexpr,
-    STAGES: tl.constexpr,
 ):  # fmt: skip
     """Values and norms of the queries of a segment, as ``forward.attend``."""
     pid = tl.program_id(0)
@@ -51,7 +50,7 @@ def attend_along(
     index = pid // heads * key_heads + of_key
     kv, z, _ = load_sums(starts, index, 0, 0, 0, map, M, BLOCK_M)
     r = tl.arange(0, CHUNK)
-    for start in tl.range(first, end, CHUNK, num_stages=STAGES):
+    for start in tl.range(first, end, CHUNK, num_stages=map.STAGES):
         valid = start + r < end
         kept = is_kept(mask, mask_n, batch, start + r, start, end)
         phi_q, _u = features_of(q, batch, h, start, valid, None, weights, map)
@@ -82,7 +81,6 @@ def differentiate_queries_along(
     q, k, v, mask, mask_n, length, heads, table, parts, size, starts, d_out, norm, numbers, out,
     dq, map,
     GROUPS: tl.constexpr, M: tl.constexpr, BLOCK_M: tl.constexpr, CHUNK: tl.constexpr,
-    STAGES: tl.constexpr,
 ):  # fmt: skip
     """Gradients and numbers of the queries of a segment, as ``backward.differentiate_queries``."""
     pid = tl.program_id(0)
@@ -96,7 +94,7 @@ def differentiate_queries_along(
     kv, z, _ = load_sums(starts, index, 0, 0, 0, map, M, BLOCK_M)
     vk = tl.trans(kv)  # as both products want it
     r = tl.arange(0, CHUNK)
-    for start in tl.range(first, end, CHUNK, num_stages=STAGES):
+    for start in tl.range(first, end, CHUNK, num_stages=map.STAGES):
         valid = start + r < end
         kept = is_kept(mask, mask_n, batch, start + r, start, end)
         at = at_row(batch, start + r, h, length, heads)

@@ -46,7 +46,7 @@ def first_far(
     """
     r = tl.arange(0, valid.shape[0])
     bound = tl.full((valid.shape[0],), -1 if BACK else valid.shape[0], tl.int32)
-    for block in range(0, map.BLOCKS):
+    for block in tl.range(0, map.BLOCKS, num_stages=map.STAGES):
         weights = load_weights(map, block)
         u = project(x, n, h, start, valid, given, weights, block, map, False)
         for part in tl.static_range(map.PARTS):
@@ -74,7 +74,8 @@ def largest(
     Found before the factors are used, so that no sum needs to be lowered on the way.
     """
     largest = tl.full((valid.shape[0], map.BLOCK), float("-inf"), tl.float32)
-    for block in range(0, map.BLOCKS if FLAGGED else 1):
+    blocks: tl.constexpr = map.BLOCKS if FLAGGED else 1
+    for block in tl.range(0, blocks, num_stages=map.STAGES):
         weights = load_weights(map, block)
         u = project(q, batch, h, start, valid, given_q, weights, block, map, False)
         if seen is not None:
@@ -107,7 +108,7 @@ def look_up(
             sums, index, map, FLAGGED,
         )  # fmt: skip
     pairs = tl.zeros((C, kept.shape[0] if CAUSAL else 1), tl.float32)
-    for block in range(0, map.BLOCKS):
+    for block in range(0, map.BLOCKS):  # what else could be loaded early costs more than it gives
         weights = load_weights(map, block)
         u = project(q, batch, h, start, valid, given_q, weights, block, map, False)
         if CAUSAL:

@@ -80,8 +80,12 @@ class Launch:
         operand, _ = operand_of(settings.kind, dtype)
         self.config = config(k[3], self.m, weights is not None, causal, operand)
         self.tile = min(COLUMNS, size_of(self.m))
-        self.map, self.dtype = map_of(formula, k[3], dtype, self.config.block)
-        self.walk_map, _ = map_of(formula, k[3], dtype, self.config.walk_block)
+        self.map, self.dtype = map_of(
+            formula, k[3], dtype, self.config.block, self.config.stages[0]
+        )
+        self.walk_map, _ = map_of(
+            formula, k[3], dtype, self.config.walk_block, self.config.stages[1]
+        )
         self.heads, self.q_heads = k[2], q[2]
         self.groups = self.q_heads // self.heads
         self.columns = triton.cdiv(self.m, self.tile)
@@ -179,7 +183,7 @@ class Launch:
             *tensors, heads, plan.table, plan.parts, plan.size, start, prefix, flags, end, map,
             **self.options(
                 BLOCK_M=self.tile, EXPONENTIAL=self.exponential, STORE=store,
-                num_stages=self.config.stages[1], maxnreg=self.config.registers[2],
+                maxnreg=self.config.registers[2],
             ),
         )  # fmt: skip
         return prefix, flags
@@ -256,9 +260,7 @@ class Launch:
         self.start(
             learned, kernel, (plan.total * self.q_heads, 1, 1), *inputs[:5], length,
             self.q_heads, plan.table, plan.parts, plan.size, *tensors, inputs.walk_map,
-            **self.options(
-                BLOCK_M=size_of(self.m), GROUPS=self.groups, STAGES=self.config.stages[2]
-            ),
+            **self.options(BLOCK_M=size_of(self.m), GROUPS=self.groups),
         )  # fmt: skip
 
 

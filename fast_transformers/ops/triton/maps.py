@@ -52,6 +52,7 @@ class Map(NamedTuple):
         BLOCK, BLOCKS: directions in a block, and blocks.
         OPERAND: dtype of the factors of all products but the first, and PRECISION of those in
             float32.
+        STAGES: of loops that load what they need ahead of time.
     """
 
     weights: Any
@@ -71,6 +72,7 @@ class Map(NamedTuple):
     BLOCKS: Any
     OPERAND: Any
     PRECISION: Any
+    STAGES: Any
 
 
 @triton.jit

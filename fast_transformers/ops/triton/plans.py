@@ -27,8 +27,8 @@ class Config(NamedTuple):
         chunk: rows between two stored sums, a multiple of ``rows`` in causal attention.
         registers: most of them a thread, of programs with queries, of those with keys, and of
             those that walk; None to leave it to the compiler.
-        stages: of programs with rows, of those that walk, and of those that carry sums. With one
-            stage Triton 3.6 makes kernels that fault now and then.
+        stages: of loops over features, and of those along a sequence. With one stage Triton 3.6
+            makes kernels that fault now and then.
         programs: segments are made until there are that many.
     """
 
@@ -37,22 +37,22 @@ class Config(NamedTuple):
     rows: tuple[int, int, int]
     chunk: int
     registers: tuple[int | None, int | None, int | None]
-    stages: tuple[int, int, int]
+    stages: tuple[int, int]
     programs: int
 
 
 WARPS = 4
 COLUMNS = 64  # value dimensions of a program, where they can be worked on apart
 # factors of 32 bits
-PRECISE = Config(32, 32, (32, 32, 32), 64, (None, None, None), (2, 2, 2), 1024)
+PRECISE = Config(32, 32, (32, 32, 32), 64, (None, None, None), (2, 2), 1024)
 # as much as two stages of a program with more than 128 dimensions may hold
-WIDE = Config(32, 32, (32, 32, 32), 64, (None, None, None), (2, 2, 2), 1024)
+WIDE = Config(32, 32, (32, 32, 32), 64, (None, None, None), (2, 2), 1024)
 # whether maps multiply by weights, and whether attention is causal
 SHORT = {
-    (True, True): Config(32, 64, (64, 64, 64), 64, (168, None, 168), (3, 3, 2), 792),
-    (True, False): Config(32, 64, (128, 64, 64), 64, (168, 168, 168), (3, 3, 2), 792),
-    (False, True): Config(64, 64, (64, 64, 64), 64, (128, 128, None), (2, 3, 2), 256),
-    (False, False): Config(64, 64, (64, 128, 64), 128, (None, None, None), (2, 3, 2), 512),
+    (True, True): Config(32, 64, (64, 64, 64), 64, (168, None, 168), (3, 3), 792),
+    (True, False): Config(32, 64, (128, 64, 64), 64, (168, 168, 168), (3, 3), 792),
+    (False, True): Config(64, 64, (64, 64, 64), 64, (128, 128, None), (2, 3), 256),
+    (False, False): Config(64, 64, (64, 128, 64), 128, (None, None, None), (2, 3), 512),
 }
 
 
@@ -83,7 +83,9 @@ def size_of(n: int) -> int:
     return max(16, next_power_of_2(n))
 
 
-def map_of(formula: Formula, dims: int, dtype: torch.dtype, block: int) -> tuple[Map, torch.dtype]:
+def map_of(
+    formula: Formula, dims: int, dtype: torch.dtype, block: int, stages: int
+) -> tuple[Map, torch.dtype]:
     """The map of inputs (..., dims) of a dtype, without its weights, and their dtype."""
     kind, features = formula.kind, KINDS[formula.kind].width(formula, dims)
     scale, back, first, second = 1.0, 1.0, 0.0, 0.0
@@ -110,7 +112,7 @@ def map_of(formula: Formula, dims: int, dtype: torch.dtype, block: int) -> tuple
     constants = (
         name, value, slope, dims, features, size_of(dims), parts, pairs, block,
         triton.cdiv(directions, block),
-        tl.bfloat16 if operand == torch.bfloat16 else tl.float32, precision,
+        tl.bfloat16 if operand == torch.bfloat16 else tl.float32, precision, stages,
     )  # fmt: skip
     return Map(None, scale, back, first, second, *map(tl.constexpr, constants)), dtype
 

@@ -209,7 +209,7 @@ def walk_keys(
             k, mask, mask_n, batch, h, first, one, weights, block, part, map, 16
         )
         shift = start_at(shift, begins)
-    for start in range(first, end, CHUNK):
+    for start in tl.range(first, end, CHUNK, num_stages=map.STAGES):
         phi, valid = keys_across(
             k, mask, mask_n, batch, h, start, end, weights, block, part, map, CHUNK
         )
@@ -249,7 +249,7 @@ def walk_queries(
             q, numbers, batch, h, one, end, length, heads, weights, block, part, map, True, 16
         )
         shift = start_at(shift, ends)
-    for i in range(0, chunks):
+    for i in tl.range(0, chunks, num_stages=map.STAGES):
         start = first + (chunks - 1 - i) * CHUNK
         p, deltas, valid = queries_across(
             q, numbers, batch, h, start, end, length, heads, weights, block, part, map,
