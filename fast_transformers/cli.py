@@ -84,7 +84,11 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
     )
     add("--out", type=Path, metavar="RUN", help="folder of the run, default runs/DATA")
     add("--attention", help="default causal-linear; full is the softmax attention")
-    add("--feature-map", metavar="SPEC", help="NAME[:key=value,...], default elu")
+    add(
+        "--feature-map",
+        metavar="SPEC",
+        help="NAME[:key=value,...], default elu, dpfp:nu=2 for mqar",
+    )
     add("--epochs", type=int)
     add("--batch-size", type=int)
     add("--lr", type=float, help="highest learning rate")
