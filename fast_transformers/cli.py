@@ -104,6 +104,12 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
         action=argparse.BooleanOptionalAction,
         help="rotary positions; a model without them has no more positions than it trained on",
     )
+    add(
+        "--calibrate",
+        action=argparse.BooleanOptionalAction,
+        help="whether feature maps that have statistics (centered, derf, oprf, lln) take them "
+        "from training sequences, anew for every epoch unless they are trained, too; the default",
+    )
     add("--seed", type=int)
     add("--device", choices=("auto", "cpu", "cuda", "mps"))
     add("--precision", choices=("fp32", "bf16", "fp16"))

@@ -34,6 +34,17 @@ class Capture(NamedTuple):
         own = {name: self.own[name] for name in names if name in self.own}
         return Capture({name: self.layers[name] for name in names}, own)
 
+    def calibrate(self) -> list[str]:
+        """Calibrate the model's own maps, in place, on what their attentions were given.
+
+        Returns:
+            The names of the layers whose maps have statistics; the others stay as they are.
+        """
+        found = [name for name, own in self.own.items() if getattr(own, "has_statistics", False)]
+        for name in found:
+            self.own[name].calibrate(self.layers[name].q, self.layers[name].k)
+        return found
+
     def scale(self) -> dict[str, ScaleReport]:
         """A :func:`~fast_transformers.diagnostics.scale_report` of every layer."""
         return {name: scale_of(sample) for name, sample in self.layers.items()}

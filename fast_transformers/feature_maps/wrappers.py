@@ -91,6 +91,10 @@ class Wrapper(FeatureMap):
             if isinstance(inner, RandomFeatureMap | Wrapper):
                 inner.resample(generator)
 
+    @property
+    def has_statistics(self) -> bool:
+        return any(inner.has_statistics for inner in self.maps)
+
     def _calibrate(self, queries: Tensor, keys: Tensor) -> None:
         for inner in self.maps:
             inner.calibrate(queries, keys)

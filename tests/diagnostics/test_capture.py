@@ -9,7 +9,7 @@ from fast_transformers.builders import TransformerDecoderBuilder, TransformerEnc
 from fast_transformers.diagnostics import attention_map, attention_report, capture
 from fast_transformers.diagnostics.huggingface import attending, softmax_attention
 from fast_transformers.diagnostics.weights import softmax_weights, uniform_weights
-from fast_transformers.feature_maps import Favor
+from fast_transformers.feature_maps import Centered, DenseExponentialFeatures, Favor
 from fast_transformers.masking import LengthMask, TriangularCausalMask
 
 
@@ -58,6 +58,25 @@ def test_the_reports_of_a_capture_are_those_of_its_layers() -> None:
     assert set(found.scale()) == set(found.layers)
     one = found.only("layers.1.attention")
     assert list(one.layers) == list(one.own) == ["layers.1.attention"]
+
+
+def test_maps_of_a_model_calibrated_on_what_they_are_given() -> None:
+    aligned = DenseExponentialFeatures.factory(n_dims=16, heads=2)
+    options = {"attention_type": "causal-linear", "feature_map": Centered.factory(aligned, 2)}
+    model, x = encoder(**options).eval(), torch.randn(3, 12, 16)
+    mask = TriangularCausalMask(12)
+    before, found = model(x, mask), capture(model, x, attn_mask=mask)
+    names = ["layers.0.attention", "layers.1.attention"]
+    assert found.calibrate() == names
+    for layer, name in zip(model.layers, names, strict=True):
+        feature_map, sample = layer.attention.inner_attention.feature_map, found.layers[name]
+        torch.testing.assert_close(feature_map.of_keys, sample.k.mean((0, 1)))
+        twin = options["feature_map"](8)
+        twin.calibrate(sample.q, sample.k)
+        assert torch.equal(twin.inner.log_rho, feature_map.inner.log_rho)
+    assert not torch.equal(model(x, mask), before)
+    plain = encoder(attention_type="causal-linear")
+    assert capture(plain, x, attn_mask=mask).calibrate() == []
 
 
 def test_nothing_stays_behind() -> None:
