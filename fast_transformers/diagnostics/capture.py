@@ -37,6 +37,8 @@ class Capture(NamedTuple):
     def calibrate(self) -> list[str]:
         """Calibrate the model's own maps, in place, on what their attentions were given.
 
+        Every token counts, padding too: capture sequences without.
+
         Returns:
             The names of the layers whose maps have statistics; the others stay as they are.
         """

@@ -218,6 +218,17 @@ def test_what_a_map_says_of_itself(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", EVERY)
+def test_calibration_changes_what_has_statistics(name: str) -> None:
+    feature_map = EVERY[name](E)
+    before = copy.deepcopy(feature_map.state_dict())
+    q, k, _ = inputs(40, std=2.0)
+    feature_map.calibrate(q + 1, k)
+    after = feature_map.state_dict()
+    changed = not all(torch.equal(before[key], after[key]) for key in before)
+    assert feature_map.has_statistics == changed
+
+
+@pytest.mark.parametrize("name", EVERY)
 def test_logarithms_are_those_of_the_features(name: str) -> None:
     feature_map = EVERY[name](E).double()
     if not feature_map.exponential:
