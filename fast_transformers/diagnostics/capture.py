@@ -134,7 +134,7 @@ def capture(model: nn.Module, inputs: Any, **kwargs: Any) -> Capture:
         else:
             from .huggingface import capture_layers
 
-            layers, maps = capture_layers(model, arguments, call), {}
+            layers, maps = capture_layers(model, arguments, call)
     finally:
         model.train(training)
     if not layers:

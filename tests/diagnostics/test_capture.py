@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 
@@ -155,6 +157,34 @@ def test_models_of_transformers(name, request) -> None:
         again = model(**TOKENS).last_hidden_state
     assert torch.equal(again, expected.last_hidden_state)
     assert found.overall("elu").heads == 8
+
+
+def test_maps_inside_transformers_are_calibrated(gpt2) -> None:
+    """On what softmax attention is given, at the temperature of the model."""
+    hf = pytest.importorskip("fast_transformers.hf")
+    model = copy.deepcopy(gpt2).eval()
+    tokens = torch.arange(40).view(4, 10)
+    exact = capture(model, tokens)
+    model.set_attn_implementation(hf.attention_implementation("centered:inner=taylor"))
+    found = capture(model, tokens)
+    assert found.calibrate() == list(exact.layers) == list(found.layers)
+    for name, feature_map in found.own.items():
+        torch.testing.assert_close(found.layers[name].q, exact.layers[name].q)
+        center = exact.layers[name].k.mean((0, 1, 2))
+        torch.testing.assert_close(feature_map.of_keys, center)
+        assert center.abs().max() > 0.01
+
+
+def test_the_temperature_of_a_transformer_is_that_of_the_maps(gpt2) -> None:
+    model = copy.deepcopy(gpt2).eval()
+    before = capture(model, TOKENS["input_ids"]).overall("taylor")["taylor"].kl
+    for block in model.h:  # larger queries and a smaller temperature are the same attention
+        block.attn.scaling /= 4
+        queries = block.attn.c_attn.weight, block.attn.c_attn.bias
+        for tensor in queries:
+            tensor.data[..., :32] *= 4
+    after = capture(model, TOKENS["input_ids"]).overall("taylor")["taylor"].kl
+    torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-6)
 
 
 def uniform_attention(name, sample):
