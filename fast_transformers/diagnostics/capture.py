@@ -12,8 +12,10 @@ from torch import Tensor, nn
 from ..attention.attention_layer import AttentionLayer
 from ..events import QKVEvent
 from .attention_report import AttentionReport, join_reports, report_of
-from .sample import MapsLike, Sample, make_sample, named
+from .kernel_report import KernelReport, kernel_report
+from .sample import MapsLike, Sample, halves, make_sample, named
 from .scale import ScaleReport, scale_of
+from .suggest import Suggestion, suggest_of
 
 
 class Capture(NamedTuple):
@@ -86,6 +88,31 @@ class Capture(NamedTuple):
             options["first"] = partial(first, name)
             reports[name] = report_of(maps, sample, examples[name], tick=tick, **options)
         return reports
+
+    def kernel(self, feature_maps: MapsLike, **options: Any) -> dict[str, KernelReport]:
+        """A :func:`~fast_transformers.diagnostics.kernel_report` of every layer, all heads
+        together, with its ``options``."""
+        return {
+            name: kernel_report(feature_maps, s.q, s.k, softmax_temp=s.softmax_temp, **options)
+            for name, s in self.layers.items()
+        }
+
+    def suggest(
+        self, error: float = 0.3, *, calibration: Capture | None = None, **options: Any
+    ) -> dict[str, Suggestion]:
+        """What :func:`~fast_transformers.diagnostics.suggest` says of every layer.
+
+        Args:
+            error: of the weights, see there.
+            calibration: of the same model on other inputs, for maps that have statistics; None
+                takes the second half of the sequences, and measures on the first.
+            options: ``most``, ``draws`` and ``seed``.
+        """
+        pairs = {
+            name: halves(sample) if calibration is None else (sample, calibration.layers[name])
+            for name, sample in self.layers.items()
+        }
+        return {name: suggest_of(*pair, error, **options) for name, pair in pairs.items()}
 
     def overall(self, *args: Any, **kwargs: Any) -> AttentionReport:
         """:meth:`attention` of all heads of all layers in one report."""

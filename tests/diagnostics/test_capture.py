@@ -8,7 +8,12 @@ import pytest
 import torch
 
 from fast_transformers.builders import TransformerDecoderBuilder, TransformerEncoderBuilder
-from fast_transformers.diagnostics import attention_map, attention_report, capture
+from fast_transformers.diagnostics import (
+    attention_map,
+    attention_report,
+    capture,
+    kernel_report,
+)
 from fast_transformers.diagnostics.huggingface import attending, softmax_attention
 from fast_transformers.diagnostics.weights import softmax_weights, uniform_weights
 from fast_transformers.feature_maps import Centered, DenseExponentialFeatures, Favor
@@ -58,6 +63,13 @@ def test_the_reports_of_a_capture_are_those_of_its_layers() -> None:
     assert tried.heads == 4
     assert tried["elu"].kl.shape == (4,)
     assert set(found.scale()) == set(found.layers)
+    suggested = found.suggest(0.5, draws=1)["layers.1.attention"]
+    of_layer = tried["uniform"].frobenius[2:]
+    assert suggested.uniform == pytest.approx(float(of_layer.mean()))  # the median of two heads
+    on_itself = found.suggest(0.5, calibration=found, draws=1)["layers.1.attention"]
+    assert str(on_itself) == str(suggested)  # of a single sequence
+    kernels = found.kernel("favor", pairs=10, draws=3)["layers.1.attention"]
+    assert kernels == kernel_report("favor", *sample[:2], pairs=10, draws=3)
     one = found.only("layers.1.attention")
     assert list(one.layers) == list(one.own) == ["layers.1.attention"]
 
