@@ -172,13 +172,13 @@ class Comparison:
         return Section(
             "Attention",
             f"Beside exact softmax attention; medians over {heads} heads, random maps drawn "
-            f"{self.draws} times. KL: divergence of the exact weights from the map's, in nats. "
-            "Frobenius: relative error of the matrix of weights; output: of what comes out. "
-            "top-1: queries whose largest weight is at the right key. denom.: 1 is sound, near 0 "
-            "the denominator vanishes. < 0: share of negative weights. entropy and largest: of a "
-            "query's weights, in nats and as a share. rank corr.: of weights with logits. eff. "
-            "rank: of the matrix. A map with a KL above that of uniform attention tells less "
-            "about the keys than nothing at all. " + self._calibration(),
+            f"{self.draws} times. F: features. KL: divergence of the exact weights from the "
+            "map's, in nats. Frobenius: relative error of the matrix of weights; output: of what "
+            "comes out. top-1: queries whose largest weight is at the right key. denom.: 1 is "
+            "sound, near 0 the denominator vanishes. < 0: share of negative weights. entropy and "
+            "largest: of a query's weights, in nats and as a share. rank corr.: of weights with "
+            "logits. eff. rank: of the matrix. A map with a KL above that of uniform attention "
+            "tells less about the keys than nothing at all. " + self._calibration(),
             tables,
         )
 

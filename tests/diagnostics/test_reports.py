@@ -17,7 +17,7 @@ from fast_transformers.diagnostics import (
 )
 from fast_transformers.diagnostics.measures import effective_rank, ranks_of
 from fast_transformers.feature_maps import ActivationFunctionFeatureMap, Favor
-from fast_transformers.masking import LengthMask
+from fast_transformers.masking import LengthMask, TriangularCausalMask
 
 IID = "projection='iid'"
 
@@ -100,6 +100,14 @@ def test_measures_by_hand() -> None:
     assert float(found.top1) == 1
     assert float(found.rank_correlation) == pytest.approx(1)
     assert float(found.largest) == pytest.approx((3 / 4 + 4 / 6) / 2, rel=1e-4)
+
+
+def test_causal_attention_has_the_ranks_of_itself() -> None:
+    """The first query, which sees one key, has none, and does not count."""
+    q, k = normal(2, 2, 6, 1, 8)
+    report = attention_report("elu", q, k, attn_mask=TriangularCausalMask(6))
+    assert float(report["exact softmax"].rank_correlation) == pytest.approx(1)
+    assert float(report["uniform"].rank_correlation) == 0
 
 
 def test_signed_weights_show() -> None:
