@@ -84,7 +84,11 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
     )
     add("--out", type=Path, metavar="RUN", help="folder of the run, default runs/DATA")
     add("--attention", help="default causal-linear; full is the softmax attention")
-    add("--feature-map", metavar="SPEC", help="NAME[:key=value,...], default elu")
+    add(
+        "--feature-map",
+        metavar="SPEC",
+        help="NAME[:key=value,...], default elu, dpfp:nu=2 for mqar",
+    )
     add("--epochs", type=int)
     add("--batch-size", type=int)
     add("--lr", type=float, help="highest learning rate")
@@ -99,6 +103,12 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
         "--rotary",
         action=argparse.BooleanOptionalAction,
         help="rotary positions; a model without them has no more positions than it trained on",
+    )
+    add(
+        "--calibrate",
+        action=argparse.BooleanOptionalAction,
+        help="whether feature maps that have statistics (centered, derf, oprf, lln) take them "
+        "from training sequences, anew for every epoch unless they are trained, too; the default",
     )
     add("--seed", type=int)
     add("--device", choices=("auto", "cpu", "cuda", "mps"))

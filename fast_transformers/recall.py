@@ -27,8 +27,6 @@ MAPS = (
     "hedgehog",
     "dpfp:nu=2",
 )
-# 4 pairs and 500 steps, by which maps come apart: softmax and the best have learnt the task
-LENGTH, EPOCHS, LR = 16, 10, 5e-3
 
 Progress = Callable[[int], AbstractContextManager[Callable[[str], object]]]
 
@@ -71,9 +69,6 @@ class RecallReport(Report):
 def recall_report(
     specs: Sequence[str],
     *,
-    length: int = LENGTH,
-    epochs: int = EPOCHS,
-    lr: float = LR,
     tick: Callable[[str], object] = lambda _: None,
     **options: Any,
 ) -> RecallReport:
@@ -81,29 +76,29 @@ def recall_report(
 
     Args:
         specs: of the maps.
-        length: tokens of a sequence, four for each pair.
-        epochs: of 3200 new sequences each.
-        lr: highest learning rate.
         tick: called with the map before it is trained.
-        options: others of ``train``, see ``fast_transformers.hf.recipe.Recipe``.
+        options: of ``train``, see ``fast_transformers.hf.recipe.Recipe``; None is its default for
+            this task, after which maps have come apart.
 
     Raises:
         ValueError: for an option or a map that cannot be used.
         KeyboardInterrupt: on Ctrl-C.
     """
+    from .hf.data import make_task
     from .hf.recipe import make_recipe
 
-    made = {"length": length, "epochs": epochs, "lr": lr, **options}
-    recipes = [(SOFTMAX, None, make_recipe("mqar", attention="full", **made))]
+    exact = make_recipe("mqar", attention="full", **options)
+    pairs = make_task("mqar", length=exact.length).description["most"]
+    recipes = [(SOFTMAX, None, exact)]
     for spec in specs:
-        recipe = make_recipe("mqar", feature_map=spec, **made)
+        recipe = make_recipe("mqar", feature_map=spec, **options)
         features = parse_feature_map(spec)(recipe.dim // recipe.heads).feature_dims
         recipes.append((spec, features, recipe))
     rows = []
     for name, features, recipe in recipes:
         tick(name)
         rows.append(RecallRow(name, features, *_trained(recipe)))
-    return RecallReport(tuple(rows), length // 4, epochs, lr)
+    return RecallReport(tuple(rows), pairs, exact.epochs, exact.lr)
 
 
 def _trained(recipe: Any) -> tuple[float, float]:
@@ -129,7 +124,7 @@ def mqar_page(
     """Title and sections of a page on :func:`recall_report`; no specs means a selection."""
     specs = specs or MAPS
     with progress(len(specs) + 1) as tick:
-        report = recall_report(specs, length=length or LENGTH, epochs=EPOCHS, tick=tick)
+        report = recall_report(specs, length=length, tick=tick)
     title = f"multi-query associative recall of {report.pairs} pairs"
     section = Section(
         "Learning to recall",

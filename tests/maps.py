@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from fast_transformers.feature_maps import (
     DPFP,
+    PROJECTIONS,
     T2R,
     ActivationFunctionFeatureMap,
     Centered,
@@ -102,5 +103,19 @@ CATALOGUE = {
     ),
     "cos": CosReweight.factory(relu, max_length=40),
     "cos of exponentials": CosReweight.factory(Centered.factory(Favor), max_length=40),
+}
+# every random map with every way to draw its directions
+PROJECTED = {
+    f"{name}, {projection}": cls.factory(projection=projection, **options)
+    for name, (cls, options) in {
+        "favor": (Favor, {"n_dims": 32}),
+        "rff": (RandomFourierFeatures, {"n_dims": 64}),
+        "smoothed": (SmoothedRandomFourierFeatures, {"n_dims": 65}),
+        "generalized": (GeneralizedRandomFeatures, {"n_dims": 40}),
+        "oprf": (OptimalPositiveFeatures, {"n_dims": 40}),
+        "derf": (DenseExponentialFeatures, {"n_dims": 40}),
+        "polysketch": (PolySketch, {"sketch": 6}),
+    }.items()
+    for projection in PROJECTIONS
 }
 ALL = {**BUILT_IN, "asymmetric": Asymmetric}

@@ -8,6 +8,7 @@ pytest.importorskip("transformers")
 
 from fast_transformers import recall
 from fast_transformers.cli import main
+from fast_transformers.hf.recipe import DEFAULTS
 
 SMALL = {
     "batch_size": 800, "layers": 1, "heads": 2, "dim": 16, "feed_forward": 16, "device": "cpu",
@@ -27,7 +28,7 @@ def test_every_map_is_trained_from_the_same_start(capsys) -> None:
 
 
 def test_the_command(capsys, tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(recall, "EPOCHS", 1)
+    monkeypatch.setitem(DEFAULTS["mqar"], "epochs", 1)
     flags = ["--length", "8", "--feature-map", "relu", "--out", str(tmp_path)]
     assert main(["compare", "mqar", *flags]) == 0
     printed = capsys.readouterr().out

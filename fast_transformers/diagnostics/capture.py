@@ -12,8 +12,10 @@ from torch import Tensor, nn
 from ..attention.attention_layer import AttentionLayer
 from ..events import QKVEvent
 from .attention_report import AttentionReport, join_reports, report_of
-from .sample import MapsLike, Sample, make_sample, named
+from .kernel_report import KernelReport, kernel_report
+from .sample import MapsLike, Sample, halves, make_sample, named
 from .scale import ScaleReport, scale_of
+from .suggest import Suggestion, suggest_of
 
 
 class Capture(NamedTuple):
@@ -33,6 +35,19 @@ class Capture(NamedTuple):
         """Some of the layers; KeyError for a name that is not there."""
         own = {name: self.own[name] for name in names if name in self.own}
         return Capture({name: self.layers[name] for name in names}, own)
+
+    def calibrate(self) -> list[str]:
+        """Calibrate the model's own maps, in place, on what their attentions were given.
+
+        Every token counts, padding too: capture sequences without.
+
+        Returns:
+            The names of the layers whose maps have statistics; the others stay as they are.
+        """
+        found = [name for name, own in self.own.items() if getattr(own, "has_statistics", False)]
+        for name in found:
+            self.own[name].calibrate(self.layers[name].q, self.layers[name].k)
+        return found
 
     def scale(self) -> dict[str, ScaleReport]:
         """A :func:`~fast_transformers.diagnostics.scale_report` of every layer."""
@@ -73,6 +88,31 @@ class Capture(NamedTuple):
             options["first"] = partial(first, name)
             reports[name] = report_of(maps, sample, examples[name], tick=tick, **options)
         return reports
+
+    def kernel(self, feature_maps: MapsLike, **options: Any) -> dict[str, KernelReport]:
+        """A :func:`~fast_transformers.diagnostics.kernel_report` of every layer, all heads
+        together, with its ``options``."""
+        return {
+            name: kernel_report(feature_maps, s.q, s.k, softmax_temp=s.softmax_temp, **options)
+            for name, s in self.layers.items()
+        }
+
+    def suggest(
+        self, error: float = 0.3, *, calibration: Capture | None = None, **options: Any
+    ) -> dict[str, Suggestion]:
+        """What :func:`~fast_transformers.diagnostics.suggest` says of every layer.
+
+        Args:
+            error: of the weights, see there.
+            calibration: of the same model on other inputs, for maps that have statistics; None
+                takes the second half of the sequences, and measures on the first.
+            options: ``most``, ``draws`` and ``seed``.
+        """
+        pairs = {
+            name: halves(sample) if calibration is None else (sample, calibration.layers[name])
+            for name, sample in self.layers.items()
+        }
+        return {name: suggest_of(*pair, error, **options) for name, pair in pairs.items()}
 
     def overall(self, *args: Any, **kwargs: Any) -> AttentionReport:
         """:meth:`attention` of all heads of all layers in one report."""
@@ -121,7 +161,7 @@ def capture(model: nn.Module, inputs: Any, **kwargs: Any) -> Capture:
         else:
             from .huggingface import capture_layers
 
-            layers, maps = capture_layers(model, arguments, call), {}
+            layers, maps = capture_layers(model, arguments, call)
     finally:
         model.train(training)
     if not layers:

@@ -15,7 +15,7 @@ from .page import Section
 from .sample import MapLike, Sample, instances, merge_heads, with_fits
 from .scale import ScaleReport, scale_of
 from .sources import Source
-from .suggest import suggest
+from .suggest import suggest_of
 from .table import Cell, Report
 from .weights import linear_weights, softmax_weights, uniform_weights
 
@@ -149,7 +149,9 @@ class Comparison:
             "x and y are queries and keys times the root of the softmax temperature, z = x.y. "
             "Positive random features have a variance that grows like exp(|x + y|^2), Fourier "
             "features one like exp(|x - y|^2); the Taylor series is sound where z > -1. "
-            "'centred' is |x + y|^2 after the means of queries and of keys are taken off.",
+            "centred: |x + y|^2 after the means of queries and of keys are taken off. eff. rank: "
+            "in how many dimensions z varies. entropy: of the exact weights, in nats, and what "
+            "it is at most.",
             tables,
         )
 
@@ -170,11 +172,13 @@ class Comparison:
         return Section(
             "Attention",
             f"Beside exact softmax attention; medians over {heads} heads, random maps drawn "
-            f"{self.draws} times. KL: divergence of the exact weights from the map's, in nats. "
-            "Frobenius: relative error of the matrix of weights; output: of what comes out. "
-            "top-1: queries whose largest weight is at the right key. denom.: 1 is sound, near 0 "
-            "the denominator vanishes. A map with a KL above that of uniform attention tells "
-            "less about the keys than nothing at all. " + self._calibration(),
+            f"{self.draws} times. F: features. KL: divergence of the exact weights from the "
+            "map's, in nats. Frobenius: relative error of the matrix of weights; output: of what "
+            "comes out. top-1: queries whose largest weight is at the right key. denom.: 1 is "
+            "sound, near 0 the denominator vanishes. < 0: share of negative weights. entropy and "
+            "largest: of a query's weights, in nats and as a share. rank corr.: of weights with "
+            "logits. eff. rank: of the matrix. A map with a KL above that of uniform attention "
+            "tells less about the keys than nothing at all. " + self._calibration(),
             tables,
         )
 
@@ -190,8 +194,14 @@ class Comparison:
         return f"{what} on the very inputs that were measured, for want of others, which flatters."
 
     def _suggestion(self) -> Section:
-        found = suggest(*self._few(self._middle)[:2], self.error, draws=2)
-        return Section("Suggestion", found.verdict, [found])
+        samples = self._few(self._middle), self._few(self._middle, True)
+        found = suggest_of(*samples, self.error, draws=2)
+        text = (
+            f" By the first heads of {self._middle}. would need: features for the error asked "
+            "for, by the decrease of the measured error with their number; by variance: in "
+            "closed form, for a median pair."
+        )
+        return Section("Suggestion", found.verdict + text, [found])
 
     def _matrices(self) -> Section:
         sample, examples = self._few(self._middle).head(0), self._few(self._middle, True).head(0)
@@ -237,8 +247,8 @@ class Comparison:
             "its size in standard errors (about 1 if there is none), relative variance, and what "
             "the closed form says of it for independent directions; root of the relative variance "
             "for the pairs with the largest and smallest kernel. misfit: distance of one draw "
-            "from exp(z) after the best common factor. A measured variance far below a large "
-            "predicted one means that the draws missed the tail, not that it is not there.",
+            "from exp(z) after the best common factor. Where a measured variance is far below "
+            "a large predicted one the draws missed the tail, and standard errors mean nothing.",
             [report],
         )
 

@@ -16,22 +16,34 @@ from torch import Tensor, nn
 from .sample import Sample, make_sample
 
 NAME = "fast_transformers_diagnostics"
+OURS, OWNED = "fast_transformers:", "fast_transformers_map"  # of hf.attention_implementation
 Attend = Callable[[str, Sample], Tensor]  # name of the layer, its input: values (N, L, H, M)
 
 
 def capture_layers(
     model: Any, arguments: tuple[Any, ...], call: dict[str, Any]
-) -> dict[str, Sample]:
-    """What each attention is given while a model runs once, by the names of the modules."""
+) -> tuple[dict[str, Sample], dict[str, Any]]:
+    """What each attention is given while a model runs once, by the names of the modules, and the
+    feature maps of those that have one.
+
+    Every attention is softmax while the model runs: a model whose attentions have maps is to do
+    with them what it does without.
+    """
     layers: dict[str, Sample] = {}
 
     def keep(name: str, sample: Sample) -> Tensor:
         layers[name] = sample
         return softmax_attention(name, sample)
 
-    with attending(model, keep), torch.no_grad():
-        model(*arguments, **call)
-    return layers
+    with torch.no_grad():
+        if model.config._attn_implementation.startswith(OURS):
+            model(
+                *arguments, **call
+            )  # attentions come to own their maps when they are first called
+        with attending(model, keep):
+            model(*arguments, **call)
+    owned = {name: getattr(m, OWNED, None) for name, m in model.named_modules() if name in layers}
+    return layers, {name: o.feature_map for name, o in owned.items() if o is not None}
 
 
 @contextmanager
@@ -90,8 +102,13 @@ def softmax_attention(name: str, sample: Sample) -> Tensor:
 def _sample_of(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, scaling: Any
 ) -> Sample:
-    """The input of an attention of transformers, (N, H, length, dim), with an additive mask."""
-    sample = make_sample(*(x.transpose(1, 2) for x in (query, key, value)), softmax_temp=scaling)
+    """The input of an attention of transformers, (N, H, length, dim), with an additive mask.
+
+    Another temperature than 1/sqrt(E), which maps are made for, becomes part of queries and keys.
+    """
+    factor = 1.0 if scaling is None else (scaling * query.shape[-1] ** 0.5) ** 0.5
+    given = query * factor, key * factor, value
+    sample = make_sample(*(x.transpose(1, 2) for x in given))
     if mask is None:
         return sample
     smallest = torch.finfo(query.dtype).min / 2 if mask.is_floating_point() else 0

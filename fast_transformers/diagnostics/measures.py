@@ -68,6 +68,7 @@ def measure(w: Tensor, of: Exact) -> Measures:
     """Compare weights (N, H, L, S) with the exact ones."""
     p, shown = of.weights, of.shown
     rows = shown.any(-1)  # a query that sees no key does not count
+    ranked = shown[:1].sum(-1) > 1  # a single key has no rank
     clamped = w.clamp(min=0)
     clamped = clamped / clamped.sum(-1, keepdim=True).clamp(min=1e-300)
     total, size = w.sum(-1).abs(), w.abs().sum(-1)
@@ -84,7 +85,7 @@ def measure(w: Tensor, of: Exact) -> Measures:
         negative=_mean((w < 0).double(), shown, (0, 2, 3)),
         entropy=_mean(-torch.xlogy(clamped, clamped).sum(-1), rows),
         largest=_mean(clamped.amax(-1), rows),
-        rank_correlation=_mean((ranks_of(w[:1], shown[:1]) * of.ranks).sum(-1), rows[:1]),
+        rank_correlation=_mean((ranks_of(w[:1], shown[:1]) * of.ranks).sum(-1), ranked),
         effective_rank=effective_rank(w[0]),
     )
 

@@ -15,7 +15,7 @@ body { font: 15px/1.5 system-ui, sans-serif; color: #1c1e26; background: #fff; m
        max-width: 76rem; padding: 0 1.2rem; }
 h1 { font-size: 1.5rem; margin-bottom: .2rem; } h2 { font-size: 1.15rem; margin-top: 2.2rem; }
 p { max-width: 52rem; } .quiet { color: #6b6f7b; }
-.wide { overflow-x: auto; }
+.wide { overflow-x: auto; margin: 1rem 0; }
 table { border-collapse: collapse; font-size: 13px; font-variant-numeric: tabular-nums; }
 th, td { padding: .22rem .7rem; text-align: right; white-space: nowrap; }
 th { border-bottom: 1.5px solid #1c1e26; font-weight: 600; vertical-align: bottom; }

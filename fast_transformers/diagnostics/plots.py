@@ -42,13 +42,14 @@ def _colour(name: str, among: Sequence[str], colours: Colours) -> str:
 def variance_plot(curves: Mapping[str, VarianceCurve], colours: Colours = None) -> Any:
     """Measured relative variance over n_dims as points, the closed form of iid draws as lines."""
     figure, axes = _axes("n_dims", "relative variance of a median pair")
-    for name, curve in curves.items():
-        colour = _colour(name, list(curves), colours)
-        axes.plot(curve.sizes, curve.measured, "o", color=colour, label=_short(name), ms=5)
+    for index, (name, curve) in enumerate(curves.items()):
+        colour, size = _colour(name, list(curves), colours), _nested(index, len(curves), 8, 4)
+        axes.plot(curve.sizes, curve.measured, "o", color=colour, label=_short(name), ms=size)
         if not any(math.isnan(x) for x in curve.predicted):
             axes.plot(curve.sizes, curve.predicted, "-", color=colour, lw=1.2, alpha=0.8)
+    axes.plot([], [], "o", color=GREY, label="measured over draws", ms=5)
     axes.plot([], [], "-", color=GREY, label="closed form, iid directions")
-    axes.set(xscale="log", yscale="log")
+    _logarithmic(axes)
     _sizes(axes, [size for curve in curves.values() for size in curve.sizes])
     return _finish(figure, axes)
 
@@ -75,14 +76,15 @@ def error_plot(
         values = [_median(reports[size][name], measure) for size in sizes]
         colour = _colour(name, among, colours)
         axes.plot(sizes, values, "o-", color=colour, label=_short(name), ms=4, lw=1.4)
-    for row in fixed.rows[2:]:
+    for index, row in enumerate(fixed.rows[2:]):
         axes.plot(
             [row.features], [_median(row.measures, measure)], "D",
-            color=_colour(row.name, among, colours), label=_short(row.name), ms=6,
+            color=_colour(row.name, among, colours), label=_short(row.name),
+            ms=_nested(index, len(fixed.rows) - 2, 9, 4),
         )  # fmt: skip
     level = _median(fixed[UNIFORM], measure)
     axes.axhline(level, color=INK, ls="--", lw=1.2, label="uniform attention")
-    axes.set(xscale="log", yscale="log")
+    _logarithmic(axes)
     _sizes(axes, [*sizes, *(row.features for row in fixed.rows[2:] if row.features)])
     return _finish(figure, axes)
 
@@ -90,20 +92,23 @@ def error_plot(
 def kernel_plot(curves: Mapping[str, KernelCurve], colours: Colours = None) -> Any:
     """phi(x).phi(y) over z = x.y, scaled to be as close to exp(z) as can be.
 
-    The line is the mean over draws and pairs, the band the middle 80 %.
+    The line is the mean over draws and pairs, the band the middle 80 %. Softmax attention is
+    exp(z) itself, uniform attention a constant.
     """
     figure, axes = _axes("z = softmax_temp q.k", "kernel, scaled to fit exp(z)")
     highest = 1.0
-    for name, curve in curves.items():
-        colour = _colour(name, list(curves), colours)
+    for index, (name, curve) in enumerate(curves.items()):
+        colour, width = _colour(name, list(curves), colours), _nested(index, len(curves), 3.0, 1.2)
         z = curve.z.tolist()
-        axes.plot(z, curve.mean.tolist(), color=colour, lw=1.5, label=_short(name))
+        axes.plot(z, curve.mean.tolist(), color=colour, lw=width, label=_short(name))
         axes.fill_between(
             z, curve.low.tolist(), curve.high.tolist(), color=colour, alpha=0.09, lw=0
         )
         highest = max(highest, math.exp(max(z)))
     z = next(iter(curves.values())).z
-    axes.plot(z.tolist(), z.exp().tolist(), color=INK, ls="--", lw=1.5, label="exp(z)")
+    axes.plot(z.tolist(), z.exp().tolist(), color=INK, ls="--", lw=1.5, label="exp(z), softmax")
+    axes.axhline(float(z.exp().mean()), color=INK, ls=":", lw=1.2, label="uniform attention")
+    axes.fill_between([], [], [], color=GREY, alpha=0.3, lw=0, label="middle 80 %")
     axes.set_ylim(-0.1 * highest, 1.35 * highest)
     axes.axhline(0, color=GREY, lw=0.6)
     return _finish(figure, axes)
@@ -122,14 +127,17 @@ def matrix_plot(matrices: Mapping[str, Tensor]) -> Any:
     image: Any = None
     for axes in grid.flat:
         axes.set_axis_off()
-    for axes, (name, matrix) in zip(grid.flat, matrices.items(), strict=False):
+    for index, (name, matrix) in enumerate(matrices.items()):
+        axes = grid.flat[index]
         axes.set_axis_on()
         image = axes.imshow(matrix.cpu().numpy(), vmin=0, vmax=top, cmap="magma_r")
         axes.set_title(_short(name), fontsize=7)
         axes.set(xticks=[], yticks=[])
-    figure.colorbar(image, ax=grid, shrink=0.7, pad=0.01, label="weight").ax.tick_params(
-        labelsize=7
-    )
+        axes.set_xlabel("keys" if index + columns >= len(matrices) else "", fontsize=7)
+        axes.set_ylabel("" if index % columns else "queries", fontsize=7)
+    bar = figure.colorbar(image, ax=grid, shrink=0.7, pad=0.01, extend="both")
+    bar.set_label("weight", fontsize=8)
+    bar.ax.tick_params(labelsize=7)
     return figure
 
 
@@ -137,12 +145,12 @@ def capacity_plot(report: CapacityReport, colours: Colours = None) -> Any:
     """The share of stored values that come back, over how many were stored."""
     figure, axes = _axes("pairs stored", "share decoded")
     among = [name for name in report.decoded if name != SOFTMAX]
-    for name, shares in report.decoded.items():
+    for index, name in enumerate([*among, SOFTMAX]):
         exact = name == SOFTMAX
-        colour = INK if exact else _colour(name, among, colours)
+        colour, width = INK if exact else _colour(name, among, colours), 1.2 if exact else 1.4
         axes.plot(
-            report.counts, shares, "o--" if exact else "o-", color=colour, label=_short(name),
-            ms=4, lw=1.4,
+            report.counts, report.decoded[name], "--" if exact else "o-", color=colour,
+            label=_short(name), ms=_nested(index, len(among), 8, 4), lw=width,
         )  # fmt: skip
     axes.set(xscale="log", ylim=(-0.03, 1.05))
     _sizes(axes, report.counts)
@@ -168,6 +176,21 @@ def _finish(figure: Any, axes: Any) -> Any:
         handlelength=1.6,
     )  # fmt: skip
     return figure
+
+
+def _nested(index: int, count: int, first: float, last: float) -> float:
+    """A size that falls from ``first`` to ``last``, so that what coincides shows around itself."""
+    return first + (last - first) * index / max(count - 1, 1)
+
+
+def _logarithmic(axes: Any) -> None:
+    """Both axes, the upright one with numbers such as 0.5 and 2 rather than powers of ten."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    axes.set(xscale="log", yscale="log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
 
 
 def _sizes(axes: Any, sizes: Sequence[int]) -> None:

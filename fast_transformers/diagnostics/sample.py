@@ -184,9 +184,9 @@ def instances(
     """The map, once for each draw of what is random in it, in evaluation mode.
 
     A factory is called for every draw; of a ready map, or one that was fitted, copies are drawn
-    anew. A map without
-    randomness comes once. Maps that have statistics are calibrated on ``examples`` unless they
-    came ready, and fitted if they are :class:`Fitted`. The global generator is left as it was.
+    anew. A map without randomness comes once. Maps that have statistics are calibrated on
+    ``examples`` unless they came ready, and fitted if they are :class:`Fitted`. The global
+    generator is left as it was.
     """
     steps = 0
     if isinstance(source, Fitted):

@@ -14,7 +14,7 @@ from .weights import logits_of, softmax_weights
 
 HEAD = (
     "head", "logit std", "logit max", "|x|^2", "|y|^2", "|x+y|^2", "centred", "|x-y|^2",
-    "eff. rank", "z < -1", "entropy", "of",
+    "eff. rank", "z < -1", "entropy", "at most",
 )  # fmt: skip
 
 

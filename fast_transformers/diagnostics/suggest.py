@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from ..specs import parse_feature_map
-from .attention_report import UNIFORM, report_of
+from .attention_report import SOFTMAX, UNIFORM, report_of
 from .kernel_report import claims, some_pairs
 from .sample import MapLike, Sample, halves, instances, is_random, make_sample
 from .scale import ScaleReport, scale_of
@@ -57,7 +57,8 @@ class Suggestion(Report):
         feature_map: spec of the map to take, or None if none is good enough.
         features: F of that map, or None.
         verdict: what to do, in a sentence or two.
-        error: the error asked for. uniform: the error of uniform attention.
+        error: the error asked for.
+        uniform, uniform_kl: error and KL divergence of uniform attention.
         trials: what was tried.
         scale: of the queries and keys.
     """
@@ -67,12 +68,16 @@ class Suggestion(Report):
     verdict: str
     error: float
     uniform: float
+    uniform_kl: float
     trials: tuple[Trial, ...]
     scale: ScaleReport
 
     def cells(self) -> tuple[list[str], list[list[Cell]]]:
         """Head and rows of the table."""
-        rows: list[list[Cell]] = [[UNIFORM, None, self.uniform, None, None, None, ""]]
+        rows: list[list[Cell]] = [
+            [SOFTMAX, None, 0.0, 0.0, None, None, ""],
+            [UNIFORM, None, self.uniform, self.uniform_kl, None, None, ""],
+        ]
         for trial in self.trials:
             fits = "yes" if trial.error <= self.error else "no"
             rows.append([*trial[:4], _whole(trial.needed), _whole(trial.by_variance), fits])
@@ -117,13 +122,25 @@ def suggest(
     Raises:
         ValueError: for an ``error`` that is not positive, or shapes that do not fit.
     """
-    if not error > 0 or most < 1:
-        raise ValueError(f"error and most must be positive, got {error} and {most}")
     sample = make_sample(
         q, k, attn_mask=attn_mask, key_lengths=key_lengths, softmax_temp=softmax_temp
     )
-    measured, examples = halves(sample)
-    search = _Search(measured, examples, error, draws, seed)
+    return suggest_of(*halves(sample), error, most=most, draws=draws, seed=seed)
+
+
+def suggest_of(
+    sample: Sample,
+    examples: Sample,
+    error: float = 0.3,
+    *,
+    most: int = 1024,
+    draws: int = 4,
+    seed: int = 0,
+) -> Suggestion:
+    """:func:`suggest` of samples: one to measure on, and one to calibrate on."""
+    if not error > 0 or most < 1:
+        raise ValueError(f"error and most must be positive, got {error} and {most}")
+    search = _Search(sample, examples, error, draws, seed)
     for spec in FIXED:
         search.add({spec: None})
     for template in RANDOM:
@@ -133,7 +150,8 @@ def suggest(
     scale = scale_of(sample)
     found = (None, None) if best is None else (best.spec, best.features)
     verdict = _verdict(best, search, error, most, scale)
-    return Suggestion(*found, verdict, error, search.uniform, tuple(search.trials), scale)
+    uniform = search.uniform, search.uniform_kl
+    return Suggestion(*found, verdict, error, *uniform, tuple(search.trials), scale)
 
 
 class _Search:
@@ -145,16 +163,17 @@ class _Search:
         self.sample, self.examples, self.error = sample, examples, error
         self._draws, self._seed = draws, seed
         self.trials: list[Trial] = []
-        self.uniform = math.nan
+        self.uniform = self.uniform_kl = math.nan
 
     def add(self, specs: dict[str, float | None]) -> list[Trial]:
         """Measure maps, each beside what it is known to need."""
         maps: dict[str, MapLike] = {spec: spec for spec in specs}
         report = report_of(maps, self.sample, self.examples, draws=self._draws, seed=self._seed)
-        self.uniform = float(report[UNIFORM].frobenius.median())
+        uniform = report[UNIFORM]
+        self.uniform, self.uniform_kl = (_median(x) for x in (uniform.frobenius, uniform.kl))
         new = []
         for row in report.rows[2:]:
-            error, kl = (float(x.quantile(0.5)) for x in (row.measures.frobenius, row.measures.kl))
+            error, kl = (_median(x) for x in (row.measures.frobenius, row.measures.kl))
             variance = self._by_variance(row.name)
             new.append(Trial(row.name, row.features or 0, error, kl, specs[row.name], variance))
         self.trials += new
@@ -228,6 +247,10 @@ def _verdict(
         "(full) as it is, or train the model with the map it is to have: a trained map (t2r, "
         "hedgehog) learns what a random one cannot estimate."
     )
+
+
+def _median(x: Tensor) -> float:
+    return float(x.quantile(0.5))
 
 
 def _whole(x: float | None) -> Cell:

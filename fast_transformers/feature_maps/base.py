@@ -174,6 +174,11 @@ class FeatureMap(nn.Module):
     def _calibrate(self, queries: Tensor, keys: Tensor) -> None:
         """Set the statistics; see :meth:`calibrate`."""
 
+    @property
+    def has_statistics(self) -> bool:
+        """Whether :meth:`calibrate` changes the map, even without ``fit_steps``."""
+        return type(self)._calibrate is not FeatureMap._calibrate
+
     def moved(self, changes: dict[str, Tensor]) -> dict[str, Tensor]:
         """``fitted_buffers`` after a change of each, which starts at 0, by name; differentiable.
 

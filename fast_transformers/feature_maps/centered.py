@@ -79,6 +79,10 @@ class Centered(Wrapper):
     def feature_dims(self) -> int:
         return self.inner.feature_dims
 
+    @property
+    def has_statistics(self) -> bool:
+        return True
+
     @torch.no_grad()
     def _calibrate(self, queries: Tensor, keys: Tensor) -> None:
         """Set a and b to the means of examples (..., H, E), and calibrate the inner map."""

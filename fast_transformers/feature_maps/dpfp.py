@@ -13,9 +13,8 @@ class DPFP(FeatureMap):
 
     The deterministic parameter-free projection of Schlag, Irie and Schmidhuber 2021, "Linear
     Transformers Are Secretly Fast Weight Programmers" (arXiv:2102.11174), section 5.4 and
-    equation 37: sparse,
-    non-negative and, for most pairs, nearly orthogonal, which is what recalling many pairs needs.
-    Two tokens may share no feature; a denominator of 0 gives 0.
+    equation 37: sparse, non-negative and, for most pairs, nearly orthogonal, which is what
+    recalling many pairs needs. Two tokens may share no feature; a denominator of 0 gives 0.
 
     Args:
         query_dimensions: E.

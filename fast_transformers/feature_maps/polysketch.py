@@ -93,19 +93,14 @@ class PolySketch(RandomFeatureMap):
     def sketch(self, x: Tensor) -> Tensor:
         """S of ``degree``/2: (..., E) to (..., sketch), in float32 at least."""
         u = self.project(self._normalized(x))[1].unflatten(-1, (self.parts, self.sketch_dims))
-        mixers = (
-            self.mixers.to(u.dtype).unflatten(1, (-1, self.sketch_dims))
-            if (self.parts > 2)
-            else None
-        )
-        used = 0
+        mixers = self.mixers.to(u.dtype).unflatten(1, (self.parts - 2, self.sketch_dims))
         while True:
             u = u[..., 0::2, :] * u[..., 1::2, :] * self.sketch_dims**-0.5
             count = u.shape[-2]
-            if count == 1 or mixers is None:
+            if count == 1:
                 return u[..., 0, :]
-            u = torch.einsum("...ci,icj->...cj", u, mixers[:, used : used + count])
-            used += count
+            u = torch.einsum("...ci,icj->...cj", u, mixers[:, :count])
+            mixers = mixers[:, count:]
 
     def _normalized(self, x: Tensor) -> Tensor:
         return nn.functional.layer_norm(widen(x), x.shape[-1:]) if self.normalize else x

@@ -91,6 +91,10 @@ class Wrapper(FeatureMap):
             if isinstance(inner, RandomFeatureMap | Wrapper):
                 inner.resample(generator)
 
+    @property
+    def has_statistics(self) -> bool:
+        return any(inner.has_statistics for inner in self.maps)
+
     def _calibrate(self, queries: Tensor, keys: Tensor) -> None:
         for inner in self.maps:
             inner.calibrate(queries, keys)
@@ -100,8 +104,8 @@ class Normalized(Wrapper):
     """phi(x) / |phi(x)|, or phi(x / |x|).
 
     Features with a sum of 1 are those of Schlag et al. 2021 (arXiv:2102.11174), equation 29; keys
-    of norm 1 those of DeltaNet, Yang et al. 2024 (arXiv:2406.06484); inputs of norm 1
-    keep the variance of random features bounded, Peng et al. 2021, "Random Feature Attention"
+    of norm 1 those of DeltaNet, Yang et al. 2024 (arXiv:2406.06484); inputs of norm 1 keep the
+    variance of random features bounded, Peng et al. 2021, "Random Feature Attention"
     (arXiv:2103.02143), section 3.1. What multiplies all features of a query cancels in attention.
 
     Args:

@@ -1,4 +1,5 @@
-"""What happens around the steps of a training run: console lines, metrics, redraws, stopping."""
+"""What happens around the steps of a training run: console lines, metrics, redraws, statistics of
+feature maps, stopping."""
 
 from __future__ import annotations
 
@@ -11,7 +12,9 @@ from typing import Any
 from tqdm import tqdm
 from transformers import TrainerCallback
 
-from ..feature_maps import RandomFeatureMap
+from ..diagnostics.capture import capture
+from ..diagnostics.sources import LONGEST, MOST_ROWS
+from ..feature_maps import FeatureMap, RandomFeatureMap
 from .runs import METRICS_FILE, drop_oldest
 
 COLUMNS: tuple[str, ...] = (
@@ -116,6 +119,37 @@ class Schedules(TrainerCallback):
         self, args: Any, state: Any, control: Any, train_dataloader: Any = None, **kwargs: Any
     ) -> None:
         train_dataloader.dataset.set_epoch(int(state.epoch))
+
+
+class Calibrates(TrainerCallback):
+    """Feature maps that have statistics take them from training sequences, as the model stands.
+
+    Before every epoch, so that they follow the model; trained weights of a map count on its
+    statistics, however, so a map with some has them from before the first epoch.
+    """
+
+    def on_epoch_begin(
+        self,
+        args: Any,
+        state: Any,
+        control: Any,
+        model: Any = None,
+        train_dataloader: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        maps = [m for m in model.modules() if isinstance(m, FeatureMap) and m.has_statistics]
+        if state.epoch % 1 or not maps:  # resumed within an epoch, which has begun already
+            return
+        tokens = train_dataloader.dataset.tokens[:MOST_ROWS, :LONGEST]
+        found = capture(model, tokens.to(args.device))
+        if state.global_step:
+            found = found.only(*(name for name, own in found.own.items() if not own.trainable))
+        layers = found.calibrate()
+        if not state.global_step and state.is_world_process_zero:
+            tqdm.write(
+                f"feature maps of {len(layers)} layers calibrated on {len(tokens)} training "
+                "sequences"
+            )
 
 
 class StopOnRequest(TrainerCallback):

@@ -96,7 +96,7 @@ def make_task(data: str, *, length: int | None = None, seed: int = 0) -> Task:
         data: "digits", "copy", "mqar" (associative recall), "python" (the source of the running
             interpreter's standard library), or the path of a file or folder.
         length: longest sequence of the copying task (default 32 tokens) and of associative
-            recall (default 32, 8 pairs), or bytes in a window of a text (default 256).
+            recall (default 16, 4 pairs), or bytes in a window of a text (default 256).
         seed: of everything that is drawn for training.
 
     Raises:
@@ -110,7 +110,7 @@ def make_task(data: str, *, length: int | None = None, seed: int = 0) -> Task:
     if data == "copy":
         return copy_task(32 if length is None else length, seed)
     if data == "mqar":
-        return recall_task(32 if length is None else length, seed)
+        return recall_task(16 if length is None else length, seed)
     return bytes_task(data, 256 if length is None else length, seed)
 
 

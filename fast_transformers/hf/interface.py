@@ -45,7 +45,8 @@ def attention_implementation(spec: str) -> str:
     :class:`~.cache.StateCache` of constant size. Maps that
     approximate exp(temp q.k) do so with the model's own temperature. Random features are drawn
     from the number of the layer, so that every process draws alike; a map's own weights become
-    part of the attention module at its first call.
+    part of the attention module at its first call. Maps that have statistics are calibrated by
+    ``diagnostics.capture(model, examples).calibrate()``.
 
     Args:
         spec: see :func:`~fast_transformers.specs.parse_feature_map`, or such a name.

@@ -16,7 +16,7 @@ from transformers import Trainer, TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.utils import logging
 
-from .callbacks import Epochs, Schedules, StopOnRequest
+from .callbacks import Calibrates, Epochs, Schedules, StopOnRequest
 from .data import IGNORED, NEVER, Task, make_task
 from .modeling import FastTransformerForCausalLM
 from .recipe import Recipe, find_device
@@ -79,7 +79,7 @@ def train(
             prepare_folder(run, overwrite=overwrite)
             recipe.save(run)
     logging.disable_progress_bar()  # of loading and saving: they take no time
-    trainer = BitsTrainer(run, task, bar, arguments, model=model)
+    trainer = BitsTrainer(run, task, bar, recipe.calibrate, arguments, model=model)
     with _stop_requests(trainer.stop):
         try:
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
@@ -108,14 +108,17 @@ def check_causal(model: FastTransformerForCausalLM) -> None:
 class BitsTrainer(Trainer):
     """The Trainer of transformers, with the callbacks of a run."""
 
-    def __init__(self, run: Path, task: Task, bar: bool, args: TrainingArguments, **kw: Any):
+    def __init__(
+        self, run: Path, task: Task, bar: bool, calibrate: bool, args: TrainingArguments, **kw: Any
+    ) -> None:
         self.stop = StopOnRequest()
-        reports = [Epochs(run, task.unit, bar)] if args.process_index == 0 else []
+        callbacks: list[Any] = [Epochs(run, task.unit, bar)] if args.process_index == 0 else []
+        callbacks += [Schedules(), *([Calibrates()] if calibrate else []), self.stop]
         super().__init__(
             args=args,
             train_dataset=task.train,
             eval_dataset=task.held_out,
-            callbacks=[*reports, Schedules(), self.stop],
+            callbacks=callbacks,
             data_collator=whole_batch,
             preprocess_logits_for_metrics=count_nats,
             compute_metrics=bits_per_dimension,

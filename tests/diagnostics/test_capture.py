@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 
 from fast_transformers.builders import TransformerDecoderBuilder, TransformerEncoderBuilder
-from fast_transformers.diagnostics import attention_map, attention_report, capture
+from fast_transformers.diagnostics import (
+    attention_map,
+    attention_report,
+    capture,
+    kernel_report,
+)
 from fast_transformers.diagnostics.huggingface import attending, softmax_attention
 from fast_transformers.diagnostics.weights import softmax_weights, uniform_weights
-from fast_transformers.feature_maps import Favor
+from fast_transformers.feature_maps import Centered, DenseExponentialFeatures, Favor
 from fast_transformers.masking import LengthMask, TriangularCausalMask
 
 
@@ -56,8 +63,34 @@ def test_the_reports_of_a_capture_are_those_of_its_layers() -> None:
     assert tried.heads == 4
     assert tried["elu"].kl.shape == (4,)
     assert set(found.scale()) == set(found.layers)
+    suggested = found.suggest(0.5, draws=1)["layers.1.attention"]
+    of_layer = tried["uniform"].frobenius[2:]
+    assert suggested.uniform == pytest.approx(float(of_layer.mean()))  # the median of two heads
+    on_itself = found.suggest(0.5, calibration=found, draws=1)["layers.1.attention"]
+    assert str(on_itself) == str(suggested)  # of a single sequence
+    kernels = found.kernel("favor", pairs=10, draws=3)["layers.1.attention"]
+    assert kernels == kernel_report("favor", *sample[:2], pairs=10, draws=3)
     one = found.only("layers.1.attention")
     assert list(one.layers) == list(one.own) == ["layers.1.attention"]
+
+
+def test_maps_of_a_model_calibrated_on_what_they_are_given() -> None:
+    aligned = DenseExponentialFeatures.factory(n_dims=16, heads=2)
+    options = {"attention_type": "causal-linear", "feature_map": Centered.factory(aligned, 2)}
+    model, x = encoder(**options).eval(), torch.randn(3, 12, 16)
+    mask = TriangularCausalMask(12)
+    before, found = model(x, mask), capture(model, x, attn_mask=mask)
+    names = ["layers.0.attention", "layers.1.attention"]
+    assert found.calibrate() == names
+    for layer, name in zip(model.layers, names, strict=True):
+        feature_map, sample = layer.attention.inner_attention.feature_map, found.layers[name]
+        torch.testing.assert_close(feature_map.of_keys, sample.k.mean((0, 1)))
+        twin = options["feature_map"](8)
+        twin.calibrate(sample.q, sample.k)
+        assert torch.equal(twin.inner.log_rho, feature_map.inner.log_rho)
+    assert not torch.equal(model(x, mask), before)
+    plain = encoder(attention_type="causal-linear")
+    assert capture(plain, x, attn_mask=mask).calibrate() == []
 
 
 def test_nothing_stays_behind() -> None:
@@ -136,6 +169,34 @@ def test_models_of_transformers(name, request) -> None:
         again = model(**TOKENS).last_hidden_state
     assert torch.equal(again, expected.last_hidden_state)
     assert found.overall("elu").heads == 8
+
+
+def test_maps_inside_transformers_are_calibrated(gpt2) -> None:
+    """On what softmax attention is given, at the temperature of the model."""
+    hf = pytest.importorskip("fast_transformers.hf")
+    model = copy.deepcopy(gpt2).eval()
+    tokens = torch.arange(40).view(4, 10)
+    exact = capture(model, tokens)
+    model.set_attn_implementation(hf.attention_implementation("centered:inner=taylor"))
+    found = capture(model, tokens)
+    assert found.calibrate() == list(exact.layers) == list(found.layers)
+    for name, feature_map in found.own.items():
+        torch.testing.assert_close(found.layers[name].q, exact.layers[name].q)
+        center = exact.layers[name].k.mean((0, 1, 2))
+        torch.testing.assert_close(feature_map.of_keys, center)
+        assert center.abs().max() > 0.01
+
+
+def test_the_temperature_of_a_transformer_is_that_of_the_maps(gpt2) -> None:
+    model = copy.deepcopy(gpt2).eval()
+    before = capture(model, TOKENS["input_ids"]).overall("taylor")["taylor"].kl
+    for block in model.h:  # larger queries and a smaller temperature are the same attention
+        block.attn.scaling /= 4
+        queries = block.attn.c_attn.weight, block.attn.c_attn.bias
+        for tensor in queries:
+            tensor.data[..., :32] *= 4
+    after = capture(model, TOKENS["input_ids"]).overall("taylor")["taylor"].kl
+    torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-6)
 
 
 def uniform_attention(name, sample):

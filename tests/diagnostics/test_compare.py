@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 
 from fast_transformers.cli import main
 from fast_transformers.diagnostics import attention_report, capacity
+from fast_transformers.diagnostics.comparison import Comparison
 from fast_transformers.diagnostics.curves import (
     kernel_curves,
     variance_curves,
@@ -24,6 +25,7 @@ from fast_transformers.diagnostics.curves import (
 from fast_transformers.diagnostics.page import Section, page
 from fast_transformers.diagnostics.plots import error_plot, palette
 from fast_transformers.diagnostics.sources import from_file, synthetic
+from fast_transformers.masking import TriangularCausalMask
 
 PICTURES = {"matrices", "kl-over-features", "frobenius-over-features", "kernel", "capacity"}
 
@@ -85,6 +87,25 @@ def test_a_file(capsys, tmp_path) -> None:
     )
     assert status == 0, err
     check_folder(tmp_path / "compare", ["relu", "generalized:n_dims=16"])
+
+
+def test_the_suggestion_sees_what_the_queries_see() -> None:
+    """The mask and the temperature of the source, and its examples."""
+    causal = torch.ones(12, 12, dtype=torch.bool).tril()
+    source = synthetic(dims=8, length=12, heads=1)
+    samples = {
+        name: s._replace(keep=causal, softmax_temp=0.1) for name, s in source.samples.items()
+    }
+    masked = Comparison(source._replace(samples=samples), ["elu"], draws=1)
+    (found,) = masked._suggestion().reports
+    q, k, *_ = samples["synthetic"]
+    mask = TriangularCausalMask(12)
+    expected = attention_report("elu", q, k, attn_mask=mask, softmax_temp=0.1)
+    (elu,) = (trial for trial in found.trials if trial.spec == "elu")
+    assert elu.error == pytest.approx(float(expected["elu"].frobenius), rel=1e-5)
+    assert found.uniform == pytest.approx(float(expected["uniform"].frobenius), rel=1e-5)
+    assert found.uniform_kl == pytest.approx(float(expected["uniform"].kl), rel=1e-5)
+    assert [row[0] for row in found.cells()[1][:2]] == ["exact softmax", "uniform"]
 
 
 def test_a_file_calibrated_on_another(capsys, tmp_path) -> None:

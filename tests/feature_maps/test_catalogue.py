@@ -4,6 +4,7 @@ itself."""
 from __future__ import annotations
 
 import copy
+import itertools
 import pickle
 
 import pytest
@@ -13,14 +14,19 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from fast_transformers import ops
 from fast_transformers.attention import CausalLinearAttention, LinearAttention
-from fast_transformers.feature_maps import features_of, with_positions
+from fast_transformers.feature_maps import (
+    PROJECTIONS,
+    RandomFeatureMap,
+    features_of,
+    with_positions,
+)
 from fast_transformers.masking import FullMask, LengthMask, TriangularCausalMask
 from fast_transformers.recurrent.attention import (
     RecurrentCrossLinearAttention,
     RecurrentLinearAttention,
 )
 from fast_transformers.utils import make_mirror
-from tests.maps import ALL, BUILT_IN, CATALOGUE
+from tests.maps import ALL, BUILT_IN, CATALOGUE, PROJECTED
 from tests.support import make_qkv
 
 # dynamo itself makes an instance of an autograd function
@@ -28,6 +34,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*should not be instantiated:Dep
 E = 8
 EVERY = {**BUILT_IN, **CATALOGUE}
 every_map = pytest.mark.parametrize("name", CATALOGUE)
+DRAWN = {**EVERY, **PROJECTED}
+every_draw = pytest.mark.parametrize("name", DRAWN)
 RANDOM = {
     *(
         "favor",
@@ -65,10 +73,10 @@ def attend(attention: nn.Module, q: Tensor, k: Tensor, v: Tensor, lengths: Tenso
     return attention(q, k, v, mask, LengthMask(lengths, max_len=q.shape[1]), keep)
 
 
-@every_map
+@every_draw
 def test_steps_are_the_sequence(name: str) -> None:
-    batch = CausalLinearAttention(E, CATALOGUE[name]).double().eval()
-    steps = RecurrentLinearAttention(E, CATALOGUE[name]).double().eval()
+    batch = CausalLinearAttention(E, DRAWN[name]).double().eval()
+    steps = RecurrentLinearAttention(E, DRAWN[name]).double().eval()
     make_mirror(batch, steps)
     q, k, v = inputs(17, std=0.7, dtype=torch.float64)
     whole = attend(batch, q, k, v, torch.tensor([17, 17]))
@@ -78,10 +86,10 @@ def test_steps_are_the_sequence(name: str) -> None:
         torch.testing.assert_close(y, whole[:, i], rtol=1e-8, atol=1e-8)
 
 
-@every_map
+@every_draw
 def test_queries_of_a_memory_one_by_one(name: str) -> None:
-    batch = LinearAttention(E, CATALOGUE[name]).double().eval()
-    steps = RecurrentCrossLinearAttention(E, CATALOGUE[name]).double().eval()
+    batch = LinearAttention(E, DRAWN[name]).double().eval()
+    steps = RecurrentCrossLinearAttention(E, DRAWN[name]).double().eval()
     make_mirror(batch, steps)
     q, k, v = inputs(5, 11, std=0.7, dtype=torch.float64)
     lengths = LengthMask(torch.tensor([11, 6]))
@@ -210,6 +218,17 @@ def test_what_a_map_says_of_itself(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", EVERY)
+def test_calibration_changes_what_has_statistics(name: str) -> None:
+    feature_map = EVERY[name](E)
+    before = copy.deepcopy(feature_map.state_dict())
+    q, k, _ = inputs(40, std=2.0)
+    feature_map.calibrate(q + 1, k)
+    after = feature_map.state_dict()
+    changed = not all(torch.equal(before[key], after[key]) for key in before)
+    assert feature_map.has_statistics == changed
+
+
+@pytest.mark.parametrize("name", EVERY)
 def test_logarithms_are_those_of_the_features(name: str) -> None:
     feature_map = EVERY[name](E).double()
     if not feature_map.exponential:
@@ -219,6 +238,15 @@ def test_logarithms_are_those_of_the_features(name: str) -> None:
     logs = feature_map.log_queries(q) + feature_map.query_offset(q)
     torch.testing.assert_close(logs.exp(), feature_map.forward_queries(q))
     torch.testing.assert_close(feature_map.log_keys(k).exp(), feature_map.forward_keys(k))
+
+
+def test_every_random_map_is_drawn_in_every_way() -> None:
+    from fast_transformers import feature_maps
+
+    classes = [value for value in vars(feature_maps).values() if isinstance(value, type)]
+    random = {c for c in classes if issubclass(c, RandomFeatureMap)} - {RandomFeatureMap}
+    drawn = {(type(m), m.projection) for m in (make(E) for make in PROJECTED.values())}
+    assert drawn == set(itertools.product(random, PROJECTIONS))
 
 
 def test_the_lists_are_complete() -> None:

@@ -18,7 +18,7 @@ from fast_transformers.feature_maps import (
     elu_feature_map,
 )
 from fast_transformers.testing import check_feature_map
-from tests.maps import CATALOGUE
+from tests.maps import CATALOGUE, PROJECTED
 
 BUILT_IN = {
     "default": None,
@@ -35,6 +35,7 @@ BUILT_IN = {
     "generalized, wide": GeneralizedRandomFeatures.factory(n_dims=50, softmax_temp=None),
     "generalized, tanh": GeneralizedRandomFeatures.factory(kernel_fn=torch.sigmoid),
     **CATALOGUE,
+    **PROJECTED,
 }
 
 

@@ -70,6 +70,20 @@ def test_angles_within_a_group(projection, cosine) -> None:
         torch.testing.assert_close(gram, expected, atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize(
+    ("projection", "cosine"), [("orthogonal", 0.0), ("sorf", 0.0), ("simplex", -1 / 7)]
+)
+def test_training_draws_as_evaluation_does(projection, cosine) -> None:
+    """Every redraw has the angles of the draw that a map is made with."""
+    feature_map = GeneralizedRandomFeatures(8, 16, projection=projection).train()
+    for _ in range(3):
+        feature_map.new_feature_map()
+        unit = feature_map.omega / feature_map.omega.norm(dim=0)
+        expected = torch.full((8, 8), cosine).fill_diagonal_(1.0)
+        for group in unit.split(8, 1):  # entries are rounded to those of bfloat16
+            torch.testing.assert_close(group.T @ group, expected, atol=2**-7, rtol=0)
+
+
 def test_antithetic_directions_come_with_their_negatives() -> None:
     w = many("antithetic", 8, 7, draws=1)[0]
     assert torch.equal(w[:, 4:], -w[:, :3])

@@ -203,6 +203,10 @@ def test_cosine_weights_use_the_length_that_they_were_made_for() -> None:
     assert (cosine > 0).all()
     torch.testing.assert_close(feature_map.add_positions(x[:, :5, :, :8]), x[:, :5])
     torch.testing.assert_close(feature_map.add_positions(x[:, 5:6, :, :8], 5), x[:, 5:6])
+    by_elu = CosReweight(8, elu_feature_map, max_length=20).double()
+    both = by_elu.forward_queries(x)[0, :, 0] @ by_elu.forward_keys(y)[0, :, 0].mT
+    elu = elu_feature_map(8)
+    torch.testing.assert_close(both, elu(x[0, :, 0, :8]) @ elu(y[0, :, 0, :8]).mT * cosine)
     with pytest.raises(ValueError, match="made for 20 tokens, got position 20"):
         feature_map.add_positions(x[:, :1, :, :8], 20)
     with pytest.raises(ValueError, match=r"cosine and sine.*call add_positions\(x\) first"):

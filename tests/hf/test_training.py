@@ -14,9 +14,11 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from fast_transformers.diagnostics import capture
 from fast_transformers.hf import FastTransformerConfig, FastTransformerForCausalLM
 from fast_transformers.hf import training as training_module
 from fast_transformers.hf.callbacks import StopOnRequest
+from fast_transformers.hf.data import make_task
 from fast_transformers.hf.recipe import Recipe, find_device, make_recipe
 from fast_transformers.hf.runs import load_model, newest_checkpoint
 from fast_transformers.hf.training import Interrupted, bits_per_dimension, count_nats, train
@@ -29,6 +31,9 @@ def few_copies(monkeypatch):
 
     draw = data._draw_copies
     monkeypatch.setattr(data, "_draw_copies", lambda n, *args: draw(64, *args))
+
+
+CENTERED = "centered:inner='derf:n_dims=8'"
 
 
 def tiny(**options):
@@ -81,6 +86,37 @@ def test_learns(tmp_path):
     assert float(last["held_out_accuracy"]) > 0.7
 
 
+def centers(run):
+    """What the maps of the layers of a run subtract from keys."""
+    return [w for name, w in weights(run).items() if name.endswith("feature_map.of_keys")]
+
+
+def test_statistics_are_those_of_training_sequences(tmp_path, capsys):
+    """As the model stood before the last epoch, unless they are learned or switched off."""
+    recipe = tiny(feature_map=CENTERED, dropout=0.0)
+    train(recipe, tmp_path / "run")
+    assert "feature maps of 1 layers calibrated on 8 training sequences" in capsys.readouterr().out
+    before = load_model(tmp_path / "run" / "checkpoint-8")
+    task = make_task("copy", length=9)
+    task.train.set_epoch(2)
+    found = capture(before, task.train.tokens[:8])
+    (sample,) = found.layers.values()
+    (center,) = centers(tmp_path / "run")
+    torch.testing.assert_close(center, sample.k.mean((0, 1, 2)))
+    assert center.abs().max() > 0.1
+    train(replace(recipe, calibrate=False), tmp_path / "off")
+    assert not centers(tmp_path / "off")[0].any()
+    assert "calibrated" not in capsys.readouterr().out
+
+
+def test_learned_statistics_start_at_those_of_training_sequences(tmp_path):
+    recipe = tiny(feature_map="centered:inner=taylor, learned=True", lr=0.0, epochs=2)
+    model = train(recipe, tmp_path / "run")
+    task = make_task("copy", length=9)
+    (sample,) = capture(model, task.train.tokens[:8]).layers.values()
+    torch.testing.assert_close(centers(tmp_path / "run")[0], sample.k.mean((0, 1, 2)))
+
+
 def test_bits_are_those_of_the_logits():
     logits, labels = torch.zeros(2, 4, 8), torch.tensor([[1, 0, 5, -100], [-100, -100, -100, 3]])
     logits[1, 2, 3] = 50.0
@@ -115,7 +151,7 @@ def stop_at(monkeypatch, step):
     monkeypatch.setattr(StopOnRequest, "on_step_begin", on_step_begin)
 
 
-@pytest.mark.parametrize("feature_map", ["elu", "favor:n_dims=8,redraw=3"])
+@pytest.mark.parametrize("feature_map", ["elu", "favor:n_dims=8,redraw=3", CENTERED])
 @pytest.mark.parametrize("step", [3, 5])
 def test_resumed_run_is_the_uninterrupted_run(feature_map, step, tmp_path, monkeypatch):
     recipe = tiny(feature_map=feature_map)
@@ -205,6 +241,7 @@ def test_precisions(precision, tmp_path):
         ({"length": 2.5}, "length must be"),
         ({"device": "tpu"}, "device must be"),
         ({"precision": "int8"}, "precision must be"),
+        ({"calibrate": "yes"}, "calibrate must be"),
     ],
 )
 def test_bad_options(options, text):
@@ -303,7 +340,7 @@ def test_two_processes_train_one_run(tmp_path):
     """As torchrun starts them: one folder, one row an epoch, random features alike."""
     flags = ["--data", "copy", "--length", "9", "--epochs", "2", "--batch-size", "200"]
     flags += ["--layers", "1", "--dim", "16", "--heads", "2", "--device", "cpu"]
-    flags += ["--feature-map", "favor", "--out", str(tmp_path / "run")]
+    flags += ["--feature-map", CENTERED, "--out", str(tmp_path / "run")]
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     done = subprocess.run(
         [*launch, "--nproc-per-node=2", "-m", "fast_transformers", "train", *flags],
