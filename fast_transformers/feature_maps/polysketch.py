@@ -77,9 +77,8 @@ class PolySketch(RandomFeatureMap):
 
     def _redraw(self) -> None:
         if self.mixers.numel():
-            redraw_(
-                self.mixers, self.calls.clone(), self.seed + _OTHER_STREAM, self.redraw, "iid", 1
-            )
+            counter = self.calls.clone(), self.known, self.seed
+            redraw_(self.mixers, *counter, _OTHER_STREAM, self.redraw, "iid", 1)
         super()._redraw()
 
     def resample(self, generator: Generator | None = None) -> None:

@@ -116,12 +116,10 @@ def fill_(
     omega: Tensor, projection: str, generator: Generator | None = None, parts: int = 1
 ) -> Tensor:
     """Draw a projection (E, columns) in place, each of ``parts`` equal parts by itself."""
-    sampler = PROJECTIONS[projection]
-    width = omega.shape[1] // parts
-    draws = [sampler(omega.shape[0], width, generator) for _ in range(parts)]
-    return omega.copy_(torch.cat(draws, 1))
+    return _put(omega, _draw(omega, projection, generator, parts))
 
 
+@torch.no_grad()
 def draw_(
     omega: Tensor, projection: str, generator: Generator | None = None, parts: int = 1
 ) -> Tensor:
@@ -132,7 +130,7 @@ def draw_(
     anyway: the variance of an entry changes by 2^-18 of itself at most, and cosines of orthogonal
     directions by about 2^-9 / sqrt(rows).
     """
-    return omega.copy_(fill_(omega, projection, generator, parts).bfloat16())
+    return _put(omega, _draw(omega, projection, generator, parts).bfloat16())
 
 
 def orthogonal_random_matrix_(w: Tensor, generator: Generator | None = None) -> Tensor:
@@ -149,6 +147,20 @@ def hadamard(x: Tensor) -> Tensor:
         y = torch.stack([first + second, first - second], 1).view(length, -1)
         half *= 2
     return (y * length**-0.5).view(x.shape)
+
+
+def _draw(omega: Tensor, projection: str, generator: Generator | None, parts: int) -> Tensor:
+    sampler = PROJECTIONS[projection]
+    width = omega.shape[1] // parts
+    return torch.cat([sampler(omega.shape[0], width, generator) for _ in range(parts)], 1)
+
+
+def _put(omega: Tensor, drawn: Tensor) -> Tensor:
+    """Copy to omega; the host does not wait for a GPU that is busy with earlier layers."""
+    drawn = drawn.to(omega.dtype)
+    if omega.is_cuda:
+        return omega.copy_(drawn.pin_memory(), non_blocking=True)
+    return omega.copy_(drawn)
 
 
 def _in_groups(size: int, columns: int, group: Callable[[], Tensor]) -> Tensor:

@@ -14,17 +14,24 @@ from .projections import check_projection, draw_
 
 @torch.library.custom_op(
     "fast_transformers::redraw",
-    mutates_args=("omega", "calls"),
-    schema="(Tensor(a!) omega, Tensor(b!) calls, Tensor seed, int every, str projection, "
-    "int parts) -> ()",
+    mutates_args=("omega", "calls", "known"),
+    schema="(Tensor(a!) omega, Tensor(b!) calls, Tensor(c!) known, Tensor seed, int stream, "
+    "int every, str projection, int parts) -> ()",
 )
 def redraw_(
-    omega: Tensor, calls: Tensor, seed: Tensor, every: int, projection: str, parts: int
-) -> None:
-    """Count a call and draw, if it is time to; an operator, so that compiled models redraw."""
+    omega: Tensor, calls: Tensor, known: Tensor, seed: Tensor, stream: int, every: int,
+    projection: str, parts: int
+) -> None:  # fmt: skip
+    """Count a call and draw, if it is time to; an operator, so that compiled models redraw.
+
+    ``calls`` and ``known``, which remembers the seed, are on the CPU: a device is asked once.
+    """
     n = int(calls)
     if n and n % every == 0:  # call 0 uses what was drawn first, or loaded
-        draw_(omega, projection, torch.Generator().manual_seed((int(seed) + n) % 2**63), parts)
+        if known < 0:
+            known.copy_(seed)
+        number = (int(known) + stream + n) % 2**63
+        draw_(omega, projection, torch.Generator().manual_seed(number), parts)
     calls += 1
 
 
@@ -66,7 +73,6 @@ class RandomFeatureMap(FeatureMap):
     drawn = True
     parts = 1
     omega: Tensor
-    calls: Tensor
     seed: Tensor
 
     def __init__(
@@ -93,9 +99,15 @@ class RandomFeatureMap(FeatureMap):
         seed = torch.randint(2**62, (), generator=generator, device="cpu")
         # checkpoints of the older library hold omega alone
         self.register_buffer("omega", torch.empty(query_dimensions, columns))
-        self.register_buffer("calls", torch.zeros((), dtype=torch.int64), persistent=False)
+        # a buffer, so that processes that train together have one; the other two never move
         self.register_buffer("seed", seed.to(self.omega.device), persistent=False)
+        self.calls, self.known = (torch.tensor(x, device="cpu") for x in (0, -1))
         draw_(self.omega, projection, torch.Generator().manual_seed(int(seed)), self.parts)
+
+    def reseed(self, seed: int) -> None:
+        """Draw from another seed from the next redraw on, and count calls from 0."""
+        for x, value in ((self.calls, 0), (self.known, -1), (self.seed, seed)):
+            x.fill_(value)
 
     def new_feature_map(self, device: torch.device | None = None) -> None:
         """Redraw, if it is time to; see the class."""
@@ -109,7 +121,8 @@ class RandomFeatureMap(FeatureMap):
         self._redraw()
 
     def _redraw(self) -> None:
-        redraw_(self.omega, self.calls, self.seed, self.redraw, self.projection, self.parts)
+        counter = self.calls, self.known, self.seed
+        redraw_(self.omega, *counter, 0, self.redraw, self.projection, self.parts)
 
     def resample(self, generator: torch.Generator | None = None) -> None:
         """Draw ``omega`` now, from ``generator`` or torch's global one."""

@@ -38,11 +38,10 @@ class FastTransformerPreTrainedModel(PreTrainedModel):
         if isinstance(module, nn.Embedding) and module is getattr(self, "positions", None):
             init.normal_(module.weight, std=0.4)
         elif isinstance(module, RandomFeatureMap):
-            seed = torch.randint(2**62, (), device="cpu")  # not in checkpoints, nor is `calls`
-            init.zeros_(module.calls)
-            init.copy_(module.seed, seed)
+            seed = int(torch.randint(2**62, (), device="cpu"))  # not in checkpoints
+            module.reseed(seed)
             if not getattr(module.omega, "_is_hf_initialized", False):
-                module.resample(torch.Generator().manual_seed(int(seed)))
+                module.resample(torch.Generator().manual_seed(seed))
         elif callable(reset := getattr(module, "reset_parameters", None)):
             reset()
 

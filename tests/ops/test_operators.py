@@ -147,11 +147,14 @@ def test_every_operator_is_checked() -> None:
 @pytest.mark.parametrize("calls", [0, 1, 2])
 def test_redraw_passes_opcheck(calls: int, projection: str) -> None:
     """Every second call draws, but for the first."""
-    omega, counter, seed = torch.randn(4, 6), torch.tensor(calls), torch.tensor(3)
-    before = omega.clone()
-    opcheck(OPERATORS.redraw.default, (omega.clone(), counter.clone(), seed, 2, projection, 1))
-    OPERATORS.redraw(omega, counter, seed, 2, projection, 1)
+    omega, seed = torch.randn(4, 6), torch.tensor(3)
+    counter, known = torch.tensor(calls), torch.tensor(-1)
+    before, constants = omega.clone(), (seed, 0, 2, projection, 1)
+    copies = omega.clone(), counter.clone(), known.clone()
+    opcheck(OPERATORS.redraw.default, (*copies, *constants))
+    OPERATORS.redraw(omega, counter, known, *constants)
     assert int(counter) == calls + 1
+    assert int(known) == (3 if calls == 2 else -1)
     assert torch.equal(omega, before) is (calls != 2)
 
 
