@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 BACKEND = "inductor"
 COMPILERS = {"win32": "cl", "darwin": "clang++"}  # of C++, which torch.compile looks for
@@ -40,7 +41,7 @@ def compile_step(step: Callable[..., Any]) -> Callable[..., Any]:
 def _compile(graph: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
     """The backend, with products of a single row on a CPU as it can fuse them."""
     for node in graph.graph.nodes:
-        if node.target is torch._C._nn.linear and node.args:
+        if node.target is functional.linear and node.args:
             x = node.args[0].meta["example_value"]
             one = x.device.type == "cpu" and all(size == 1 for size in x.shape[:-1])
             if one and not torch.is_autocast_enabled("cpu"):

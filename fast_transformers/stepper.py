@@ -137,7 +137,7 @@ class Stepper:
 
     @property
     def form(self) -> str:
-        """The form of the next step: "graph", "graph of compiled kernels", "compiled" or "plain"."""
+        """That of the next step: "graph", "graph of compiled kernels", "compiled" or "plain"."""
         chosen = [name for name, answer in self.explain().items() if answer == "chosen"]
         return " of ".join(chosen) + " kernels" * (len(chosen) > 1)
 

@@ -53,8 +53,10 @@ class FastTransformerPreTrainedModel(PreTrainedModel):
             for x, before in zip(loaded, kept, strict=True):
                 x.copy_(before)
 
-    def _initialize_weights(self, module: nn.Module, *args: Any) -> None:
-        """Ask :meth:`_init_weights` about every module: releases differ in which they leave out."""
+    def _initialize_weights(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, module: nn.Module, *args: Any
+    ) -> None:
+        """Ask :meth:`_init_weights` of every module: releases differ in which they leave out."""
         super()._initialize_weights(module)
 
     def checkpointed(self, stack: Any) -> Any:

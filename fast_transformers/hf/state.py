@@ -55,7 +55,7 @@ class RecurrentState:
         self.length += tokens
 
     def may_step(self, tokens: Tensor, mask: Tensor | None) -> bool:
-        """Whether tokens (N, L) may be read by :meth:`step`: one each, which a stepper is of use for."""
+        """Whether tokens (N, L) may be read by :meth:`step`: one each."""
         if tokens.shape[1] != 1 or mask is not None or torch.is_grad_enabled():
             return False
         if self._form == "auto" and why_not_graph(tokens.device) is not None:
