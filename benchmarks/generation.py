@@ -15,9 +15,10 @@ import torch
 
 from . import machine
 from .images import ATTENTIONS, SHAPES, Drawing, disagreement, make, timed
-from .log import Log, select
+from .log import Log, select, unused
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).resolve().parent / "results"
+PAGE = RESULTS.parent.parent / "docs" / "generation.md"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 BATCHES = {  # beside single images, on a GPU
     ("MNIST", "linear"): [16384],
@@ -47,6 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--minutes", type=float, default=60.0,
         help="begin no measurement after so many; graphs come first; default 60")  # fmt: skip
     add("--out", type=Path, metavar="FOLDER", help="where the log and the tables go; default no")
+    add("--docs", action="store_true", help="put the tables into docs/generation.md")
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,7 @@ def run(args: argparse.Namespace) -> int:
         about = describe()
     dtype = args.dtype or ("bfloat16" if device == "cuda" else "float32")
     name = f"{about['date'][:10]}-generation-{'gpu' if device == 'cuda' else 'cpu'}.jsonl"
-    log = Log(args.out and args.out / name)
+    log = Log(args.out and unused(args.out / name))
     log.add("machine", **about, dtype=dtype, threads=torch.get_num_threads())
     wrong = set()
     for case in cases(args, device):
@@ -91,7 +93,7 @@ def run(args: argparse.Namespace) -> int:
             found |= _measure(case, device, DTYPES[dtype], args.seconds)
         log.add("images", **found)
         say(line(found))
-    publish(log)
+    publish(log, args.docs)
     return 1 if wrong else 0
 
 
@@ -172,18 +174,29 @@ def line(r: dict[str, Any]) -> str:
     return f"{way}: {r['rate']:,.2f} images/s, {r['seconds']:.3f} s, first {r['first']:.1f} s"
 
 
-def publish(log: Log) -> None:
-    """Print the table; write it beside the log, if that is a file."""
+def publish(log: Log, docs: bool = False) -> None:
+    """Print the tables; write them beside the log, if that is a file, and into the page.
+
+    Raises:
+        ValueError: for a log that the page cannot show.
+    """
     if find_spec("tabulate") is None:
         say("no table: pip install tabulate")
         return
     from .generation_report import report
+    from .tables import replace_block
 
     text = report(log.records)
+    print(text)
     if log.path is not None:
         log.path.with_suffix(".md").write_text(text)
         print(f"wrote {log.path} and {log.path.with_suffix('.md').name}")
-    print(text)
+    if docs:
+        if log.path is None or not log.path.resolve().is_relative_to(RESULTS):
+            raise ValueError(f"docs/generation.md shows logs in {RESULTS}, got {log.path}")
+        link = f"[{log.path.name}](../benchmarks/results/{log.path.name})"
+        name = "images on a GPU" if "card" in log.records[0] else "images on a CPU"
+        replace_block(PAGE, name, f"{text.strip()}\n\nAll readings: {link}.")
 
 
 def best(records: list[dict[str, Any]], shape: str, attention: str, alone: bool) -> Any:
