@@ -52,6 +52,11 @@ def unused(path: Path) -> Path:
     return candidate
 
 
+def first_line(error: Exception) -> str:
+    """Kind and first line of an error."""
+    return f"{type(error).__name__}: {error}".splitlines()[0]
+
+
 def select(records: list[Record], section: str, **fields: Any) -> list[Record]:
     """Records of a section with these values, in order."""
     return [

@@ -121,6 +121,28 @@ def test_kernels(name):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("name", ["causal-linear", "full"])
+def test_graphs_of_compiled_kernels(name, compiler, monkeypatch):
+    """On a CPU a replay calls the compiled step, on the buffers that a graph would have."""
+    _, recurrent = twins(name)
+    recorded, device = [], "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cpu":
+        monkeypatch.setattr("fast_transformers.stepper.DEVICES", ("cpu",))
+        monkeypatch.setattr(
+            "fast_transformers.stepper.record", lambda call, _: recorded.append(call) or call
+        )
+    x, recurrent = tokens().to(device), recurrent.to(device)
+    _, state = recurrent(x[:, 0], State())
+    stepper = Stepper(recurrent, state, form="compiled")
+    for token in x[:, 1:].unbind(1):
+        y, state = recurrent(token, state)
+        assert_close(stepper(token), y)
+    assert stepper.form == "graph of compiled kernels"
+    assert len(recorded) == (device == "cpu")
+    assert len(compiler) == 1
+
+
+@torch.no_grad()
 def test_says_why_it_cannot(compiler):
     _, recurrent = twins("causal-linear")
     x = tokens()
