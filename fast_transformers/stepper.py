@@ -81,9 +81,9 @@ class Stepper:
     values are read as a whole then; they start with little room, and when it is used up they
     grow by half, and another graph is captured. In plain steps states are ordinary values.
 
-    Compiled steps have to be asked for: torch.compile takes some 20 seconds for the first of
-    them (and, for caches, for the one after they have grown), and on a CPU it needs a C++
-    compiler. Steps of a single sequence are several times as fast then.
+    Compiled steps have to be asked for: torch.compile takes many seconds for the first of them
+    (and, with caches, for the one after they have grown), and on a CPU it needs a C++ compiler.
+    What they save is in docs/generation.md.
 
     Args:
         step: called with the inputs and a state; returns outputs (a tensor, or several) and the
