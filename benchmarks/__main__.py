@@ -6,6 +6,7 @@ import argparse
 import sys
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 from .log import Log
 
@@ -35,6 +36,7 @@ def main() -> int:
     here = add("report", help="tables and figures of an earlier run")
     here.add_argument("log", type=Path, help="a .jsonl file that one of these wrote")
     here.add_argument("--readme", action="store_true", help="make it the README's latest (cpu)")
+    here.add_argument("--docs", action="store_true", help="show it in docs/ (generation)")
     here.set_defaults(run=report)
 
     args = parser.parse_args()
@@ -47,7 +49,7 @@ def report(args: argparse.Namespace) -> int:
     about = log.records[0]
     kinds = (("layers", "streaming"), ("dtype", "generation"), ("card", "gpu"))
     name = next((name for field, name in kinds if field in about), "cpu")
-    more = (args.readme,) if name == "cpu" else ()
+    more: Any = {"cpu": (args.readme,), "generation": (args.docs,)}.get(name, ())
     import_module(f".{name}", __package__).publish(log, *more)
     return 0
 

@@ -12,7 +12,7 @@ import torch
 from . import figures, machine
 from .contenders import CONTENDERS, Contender
 from .environments import DEFAULT as PEERS
-from .log import Log
+from .log import Log, unused
 from .processes import WorkerError
 from .report import report, write_readme
 from .sections import attention, decode, host, memory, training
@@ -121,15 +121,6 @@ def complete(args: argparse.Namespace) -> bool:
     """Whether nothing was left out."""
     fewer = (args.quick, args.only, args.lengths, args.batch, args.threads)
     return not any(fewer) and (args.passes, args.contenders) == (PASSES, NAMES)
-
-
-def unused(path: Path) -> Path:
-    """The path, or the first of ``<stem>-2``, ``<stem>-3``, ... that does not exist."""
-    candidate, number = path, 2
-    while candidate.exists():
-        candidate = path.with_stem(f"{path.stem}-{number}")
-        number += 1
-    return candidate
 
 
 def publish(log: Log, readme: bool) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from .generation import best
+from .generation import best, line
 from .images import SHAPES
 from .log import Record, select
 from .tables import table
@@ -32,7 +32,8 @@ def report(records: list[Record]) -> str:
         title = f"{name} shape: {shape.layers} layers, 8 heads x 32, {shape.pixels:,} pixels"
         parts.append(table(["", "images/s", "one image alone, s"], rows, title))
     wrong = [f"* WRONG: {line}" for r in records for line in r.get("wrong", ())]
-    return "\n\n".join([*parts, *wrong]) + "\n"
+    skipped = [f"* {line(r)}" for r in records if "skipped" in r]
+    return "\n\n".join([*parts, "\n".join([*wrong, *skipped])]).rstrip() + "\n"
 
 
 def _row(records: list[Record], shape: str, attention: str) -> list[Any]:
@@ -43,4 +44,4 @@ def _row(records: list[Record], shape: str, attention: str) -> list[Any]:
 
 
 def _way(r: Record) -> str:
-    return f"{r['batch']:,}, {r['form']}{', compiled' * r['compiled']}"
+    return f"{r['batch']:,}, {r['ran']}"

@@ -19,8 +19,8 @@ from .contenders import ELU, FAVOR
 from .gpu_compile import first_calls
 from .gpu_contenders import DIM, make_map
 from .gpu_measure import ceilings, describe
-from .gpu_sections import Session, attention, decode, first_line, model
-from .log import Log
+from .gpu_sections import Session, attention, decode, model
+from .log import Log, first_line, unused
 
 SECTIONS: dict[str, Callable[[Session], None]] = {
     "attention": attention,
@@ -60,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
     folder = args.out
     if folder is None and not (args.quick or args.only or args.lengths):
         folder = cpu.RESULTS
-    log = Log(folder and cpu.unused(folder / f"{log_name(about['date'], about['card'])}.jsonl"))
+    log = Log(folder and unused(folder / f"{log_name(about['date'], about['card'])}.jsonl"))
     log.add("machine", **about, forms=_forms())
     seconds = 0.1 if args.quick else 0.5
     found = ceilings(seconds)

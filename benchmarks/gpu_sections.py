@@ -33,7 +33,7 @@ from .gpu_contenders import (
     relative_error,
 )
 from .gpu_measure import captured, extra_peak, measure
-from .log import Log
+from .log import Log, first_line
 from .worker.ours import FEATURES, SEED
 
 TOKENS = 2**16  # of a batch
@@ -87,10 +87,6 @@ class Session:
 
 def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
-
-
-def first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
 def attention(session: Session) -> None:

@@ -150,15 +150,11 @@ class Drawing:
         shape: of the model.
         n: images at once.
         form: of the steps, see :class:`~fast_transformers.stepper.Stepper`.
-        compiled: whether torch.compile makes the kernels of a step.
         fresh: make the stepper anew for each image: caches of keys and values start small.
     """
 
-    def __init__(
-        self, model: Pixels, shape: Shape, n: int, form: str, compiled: bool, fresh: bool
-    ) -> None:
+    def __init__(self, model: Pixels, shape: Shape, n: int, form: str, fresh: bool) -> None:
         self.model, self.shape, self.n, self.form = model, shape, n, form
-        self.draw: Any = torch.compile(model.draw, dynamic=False) if compiled else model.draw
         self.fresh, self.stepper = fresh, None
 
     @torch.inference_mode()
@@ -167,7 +163,9 @@ class Drawing:
         count = pixels or self.shape.pixels
         token, state = begin(self.model, self.n, self.model.draw)
         if self.stepper is None or self.fresh:
-            self.stepper = Stepper(self.draw, state, tokens=self.shape.pixels, form=self.form)
+            self.stepper = Stepper(
+                self.model.draw, state, tokens=self.shape.pixels, form=self.form
+            )
         else:
             self.stepper.restart(state)
         image = torch.empty(self.n, count, dtype=torch.uint8, device=token.device)

@@ -43,6 +43,20 @@ class Log:
                     file.write(json.dumps(record) + "\n")
 
 
+def unused(path: Path) -> Path:
+    """The path, or the first of ``<stem>-2``, ``<stem>-3``, ... that does not exist."""
+    candidate, number = path, 2
+    while candidate.exists():
+        candidate = path.with_stem(f"{path.stem}-{number}")
+        number += 1
+    return candidate
+
+
+def first_line(error: Exception) -> str:
+    """Kind and first line of an error."""
+    return f"{type(error).__name__}: {error}".splitlines()[0]
+
+
 def select(records: list[Record], section: str, **fields: Any) -> list[Record]:
     """Records of a section with these values, in order."""
     return [

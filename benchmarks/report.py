@@ -9,10 +9,9 @@ from pathlib import Path
 from . import tables
 from .contenders import OURS
 from .log import Record, select
-from .tables import ms, spread, table
+from .tables import ms, replace_block, spread, table
 
 README = Path(__file__).with_name("README.md")
-BEGIN, END = "<!-- latest: written by the command -->", "<!-- end of latest -->"
 MIB = 2**20
 
 
@@ -184,6 +183,4 @@ def write_readme(records: list[Record], log: Path, figures: list[Path]) -> None:
     block = "\n\n".join(
         [f"All tables: [`{link}`]({link}).", report(records, brief=True).strip(), *pictures]
     )
-    text = README.read_text()
-    head, tail = text[: text.index(BEGIN) + len(BEGIN)], text[text.index(END) :]
-    README.write_text(f"{head}\n\n{block}\n\n{tail}")
+    replace_block(README, "latest", block)

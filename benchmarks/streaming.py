@@ -19,7 +19,7 @@ from fast_transformers.stepper import Stepper
 from fast_transformers.utils import make_mirror
 
 from . import machine
-from .log import Log, select
+from .log import Log, select, unused
 
 HEADS, DIM, SEED = 4, 32, 0
 PROMPT, STEPS, LEAST = 16_384, 256, 10.0  # tokens, and how often as fast it has to be
@@ -46,7 +46,8 @@ def run(args: argparse.Namespace) -> int:
     """
     about = machine.describe()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    log = Log(args.out and args.out / f"{about['date'][:10]}-streaming-{device}.jsonl")
+    path = args.out and args.out / f"{about['date'][:10]}-streaming-{device}.jsonl"
+    log = Log(path and unused(path))
     name = torch.cuda.get_device_name() if device == "cuda" else about["cpu"]
     log.add("machine", **about, device=name, layers=args.layers, threads=torch.get_num_threads())
     with torch.inference_mode():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from tabulate import tabulate
@@ -18,6 +19,18 @@ def table(headers: Sequence[str], rows: list[list[Any]], title: str = "") -> str
     """A Markdown table below a bold title."""
     text = tabulate(rows, headers, tablefmt="pipe", disable_numparse=True)
     return f"**{title}**\n\n{text}" if title else text
+
+
+def replace_block(page: Path, name: str, block: str) -> None:
+    """Put what a command found between the two lines of a page that bear its name.
+
+    Raises:
+        ValueError: for a page without them.
+    """
+    begin, end = f"<!-- {name}: written by the command -->", f"<!-- end of {name} -->"
+    text = page.read_text()
+    head, tail = text[: text.index(begin) + len(begin)], text[text.index(end) :]
+    page.write_text(f"{head}\n\n{block}\n\n{tail}")
 
 
 def spread(record: Record) -> str:

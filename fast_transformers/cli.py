@@ -136,6 +136,7 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     add("--seed", type=int, default=0)
     add("--out", type=Path, metavar="FILE", help="a PNG for digits, else text")
     add("--no-cache", action="store_true", help="recompute the sequence for every token")
+    add("--compile", action="store_true", help="have torch.compile make the steps; takes a while")
     add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
     parser.set_defaults(run=generate)
 

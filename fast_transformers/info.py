@@ -13,7 +13,7 @@ from . import __version__, ops
 from .builders import AttentionBuilder, RecurrentAttentionBuilder
 from .feature_maps import FeatureMap, elu_feature_map, features_of
 from .specs import parse_feature_map
-from .stepper import why_not_graph
+from .stepper import explain_steps
 
 CONDITIONAL_LIMIT = 512  # the default length_limit of the conditional attention
 EXTRAS = ("transformers", "accelerate", "safetensors", "scikit-learn", "matplotlib", "triton")
@@ -51,7 +51,7 @@ def report(
     yield f"ptxas             {_ptxas()}"
     yield f"threads           {torch.get_num_threads()} of {os.cpu_count()} processors"
     yield from _devices()
-    yield f"generation        {_steps()}"
+    yield from _steps()
     yield from about
     if shape is not None:
         yield ""
@@ -120,12 +120,13 @@ def _ptxas() -> str:
         return "not available: it comes with Triton"
 
 
-def _steps() -> str:
-    """How steps of generation run on the device that a model would be put on."""
-    reason = why_not_graph("cuda" if torch.cuda.is_available() else "cpu")
-    if reason is None:
-        return "each step replays a CUDA graph (Stepper, and generate of models in hf)"
-    return f"steps run as they are, without a graph: {reason}"
+def _steps() -> Iterator[str]:
+    """How steps of generation run on the device that a model would be put on, and why."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    label = "generation"
+    for form, answer in explain_steps(device).items():
+        yield f"{label:<17} {form:<9} {answer}"
+        label = ""
 
 
 def _devices() -> Iterator[str]:

@@ -1,8 +1,8 @@
 """Generation token by token, each step replayed as a CUDA graph where there can be one.
 
 A step of a small model is bound by the launches of its kernels, not by what they compute; a graph
-launches all of them at once. It needs tensors that stay where they are, so the loop that generates
-owns its state and each step writes over it.
+launches all of them at once, and torch.compile makes fewer of them. Both need tensors that stay
+where they are, so the loop that generates owns its state and each step writes over it.
 """
 
 from __future__ import annotations
@@ -14,12 +14,13 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
+from .compiled import compile_step, why_not_compile
 from .events import EventDispatcher
 from .state import State
 from .state.fixed import fix, longest, released, tensors_of, write_over
 
 DEVICES = ("cuda",)
-FORMS = ("auto", "graph", "plain")
+FORMS = ("auto", "graph", "compiled", "plain")
 
 
 def why_not_graph(device: torch.device | str) -> str | None:
@@ -27,9 +28,45 @@ def why_not_graph(device: torch.device | str) -> str | None:
     kind = torch.device(device).type
     if kind not in DEVICES:
         return f"the tensors are on a device of type {kind}, graphs need cuda"
+    return _why_not_fixed()
+
+
+def why_not_compiled(device: torch.device | str) -> str | None:
+    """The reason why steps on a device cannot be compiled now; None if they can."""
+    return why_not_compile(device) or _why_not_fixed()
+
+
+def _why_not_fixed() -> str | None:
     if EventDispatcher.anybody_listens():
-        return "somebody listens for events, which a graph would not dispatch"
+        return "somebody listens for events, which only plain steps dispatch"
     return None
+
+
+def explain_steps(
+    device: torch.device | str, form: str = "auto", cannot: str | None = None
+) -> dict[str, str]:
+    """For each of "graph", "compiled" and "plain": "chosen", or "no: " and why.
+
+    Compiled kernels can go into a graph: both are chosen then.
+
+    Args:
+        device: that a model would be on.
+        form: that is asked for, see :class:`Stepper`.
+        cannot: why a certain step can be neither, if that is known.
+    """
+    if form == "plain":
+        cannot = "plain steps were asked for"
+    compiled = cannot or why_not_compiled(device)
+    graph = (compiled if form == "compiled" else cannot) or why_not_graph(device)
+    if form != "compiled" and compiled is None:
+        compiled = "compiling takes many seconds; ask for it with form='compiled'"
+    reasons = {"graph": graph, "compiled": compiled}
+    answers = {name: f"no: {reason}" if reason else "chosen" for name, reason in reasons.items()}
+    if graph is None:
+        return {**answers, "plain": "no: a graph launches all kernels at once"}
+    if compiled is None:
+        return {**answers, "plain": "no: compiled steps were asked for"}
+    return {**answers, "plain": "chosen"}
 
 
 class Stepper:
@@ -42,14 +79,19 @@ class Stepper:
     The first step runs as it is; from the second on a graph is replayed, with whatever ``step``
     does in it: embedding, layers, head, sampling (from CUDA's own generator). Caches of keys and
     values are read as a whole then; they start with little room, and when it is used up they
-    grow by half, and another graph is captured. Without a graph states are ordinary values.
+    grow by half, and another graph is captured. In plain steps states are ordinary values.
+
+    Compiled steps have to be asked for: torch.compile takes many seconds for the first of them
+    (and, with caches, for the one after they have grown), and on a CPU it needs a C++ compiler.
+    What they save is in docs/generation.md.
 
     Args:
         step: called with the inputs and a state; returns outputs (a tensor, or several) and the
             new state. It must not wait for the device, and do the same for every token.
         state: of at least one token.
         tokens: most tokens in all, if known: caches do not grow beyond.
-        form: "graph", "plain", or "auto": a graph if there can be one.
+        form: "graph"; "compiled", which is a graph of compiled kernels where there can be a
+            graph; "plain"; or "auto": a graph if there can be one, else plain.
 
     Raises:
         ValueError: for a state that has seen nothing, or an unknown ``form``.
@@ -70,12 +112,14 @@ class Stepper:
                 "state must have seen a token, got one that has seen none; call step for the "
                 "first token with State(), and hand over what it returns"
             )
-        self.step, self._tokens, self._form = step, tokens, form
+        self.step = compile_step(step) if form == "compiled" else step
+        self._tokens, self._form = tokens, form
         self._state, self._fixed = state, False
         self._device = state.positions.device
+        # why this step can be in no other form than plain, as far as that is known for good
+        self._cannot = why_not_compile(self._device) if form == "compiled" else None
         self._first = state.position if isinstance(state.position, int) else None
         self._steps = 0
-        self._cannot = "plain steps were asked for" if form == "plain" else None
         self._room, self._left = 0, None  # of caches of keys and values; tokens until they grow
         self._inputs: list[Tensor] = []
         self._warm, self._replay = False, None
@@ -88,11 +132,14 @@ class Stepper:
         return released(self._state, None if self._first is None else self._first + self._steps)
 
     def explain(self) -> dict[str, str]:
-        """Which form the next step takes, and why not the other."""
-        reason = self._why_not()
-        if reason is None:
-            return {"graph": "chosen", "plain": "no: a graph launches all kernels at once"}
-        return {"graph": f"no: {reason}", "plain": "chosen"}
+        """Which form the next step takes, and why not the others; see :func:`explain_steps`."""
+        return explain_steps(self._device, self._form, self._cannot)
+
+    @property
+    def form(self) -> str:
+        """That of the next step: "graph", "graph of compiled kernels", "compiled" or "plain"."""
+        chosen = [name for name, answer in self.explain().items() if answer == "chosen"]
+        return " of ".join(chosen) + " kernels" * (len(chosen) > 1)
 
     def restart(self, state: State) -> None:
         """Go on from another state of the same model and batch, with the same graph if it fits."""
@@ -120,24 +167,29 @@ class Stepper:
 
         Raises:
             ValueError: for inputs of other shapes or dtypes than before, in a graph.
-            RuntimeError: if ``form="graph"`` and there can be no graph; it says why.
+            RuntimeError: if a graph or a compiled step was asked for and cannot be; it says why.
         """
         with torch.inference_mode(False), torch.no_grad():
-            if self._why_not() is None:
+            if self._fits():
                 self._prepare(inputs)
-            reason = self._why_not()
-            if reason is None:
-                outputs = self._graph_step(inputs)
-            elif self._form == "graph":
-                raise RuntimeError(f"no graph can hold this step: {reason}; use form='auto'")
+            if self._fits():
+                outputs = self._fixed_step(inputs)
+            elif self._form in ("graph", "compiled"):
+                reason = self.explain()[self._form].removeprefix("no: ")
+                raise RuntimeError(f"no {self._form} step can be taken: {reason}; use form='auto'")
             else:
                 self._state, self._fixed = self.state, False
                 outputs, self._state = self.step(*inputs, self._state)
             self._steps += 1
             return outputs
 
-    def _why_not(self) -> str | None:
-        return self._cannot or why_not_graph(self._device)
+    def _fits(self) -> bool:
+        """Whether the next step is not a plain one."""
+        if self._cannot is not None or self._form == "plain":
+            return False
+        if self._form == "compiled":
+            return _why_not_fixed() is None
+        return why_not_graph(self._device) is None
 
     def _prepare(self, inputs: tuple[Tensor, ...]) -> None:
         """Have the state in tensors of constant shapes with room for a token, and a graph."""
@@ -150,7 +202,7 @@ class Stepper:
                     self._left = self._room - length
                 self._state, self._fixed = fix(state, self._room), True
                 self._warm, self._replay = False, None
-            if self._warm and self._replay is None:
+            if self._warm and self._replay is None and why_not_graph(self._device) is None:
                 self._replay = record(self._run, self._device)
         except (ValueError, RuntimeError) as error:
             self._cannot = f"{type(error).__name__}: {error}".splitlines()[0]
@@ -159,7 +211,7 @@ class Stepper:
         room = max(length + length // 2, 64)
         return room if self._tokens is None else max(min(room, self._tokens), length + 1)
 
-    def _graph_step(self, inputs: tuple[Tensor, ...]) -> Any:
+    def _fixed_step(self, inputs: tuple[Tensor, ...]) -> Any:
         if not self._inputs:
             self._inputs = [x.clone() for x in inputs]
         for buffer, x in zip(self._inputs, inputs, strict=True):

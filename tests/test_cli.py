@@ -78,7 +78,7 @@ def test_train_and_resume(capsys, models):
 def test_draw_digits(capsys, models):
     status, out, err = run(capsys, "generate", models / "digits", "--n", 3)
     assert status == 0, err
-    assert re.fullmatch(r"saved digits.png: [\d.]+ images/s, \d+ tokens/s\n", out)
+    assert re.fullmatch(r"saved digits.png: [\d.]+ images/s, \d+ tokens/s \(plain steps\)\n", out)
     with Image.open("digits.png") as image:
         assert image.size == (12 * (3 * 9 + 1), 12 * 10)
 
@@ -93,6 +93,19 @@ def test_seed_and_cache_do_not_change_the_picture(capsys, models):
     assert draw() == picture
     assert draw("--seed", 1) != picture
     assert draw("--temperature", 0, "--no-cache") == draw("--temperature", 0)
+
+
+def test_says_how_the_steps_ran(capsys, models, monkeypatch):
+    monkeypatch.setattr("fast_transformers.compiled.BACKEND", "eager")
+    monkeypatch.setattr("fast_transformers.stepper.why_not_compile", lambda device: None)
+    command = ["generate", models / "copy", "--n", 1, "--length", 4]
+    plain = run(capsys, *command)[1].splitlines()
+    for flag, form in (("--compile", "compiled steps"), ("--no-cache", "recomputed sequences")):
+        status, out, err = run(capsys, *command, flag)
+        assert status == 0, err
+        assert out.splitlines()[:-1] == plain[:-1]
+        assert out.endswith(f" tokens/s ({form})\n")
+    assert_refuses(capsys, *command, "--compile", "--no-cache", text="exclude each other")
 
 
 def test_complete_digits(capsys, models):
@@ -130,7 +143,7 @@ def test_text(capsys, models):
         status, out, err = run(capsys, "generate", models / "bytes", "--length", 9, *flags)
         assert status == 0, err
         assert out.endswith("\n")
-        assert "bytes/s" in err
+        assert re.search(r"\d+ tokens/s \(plain steps; a token is a byte\)", err)
     long = ["--length", 50]  # beyond the windows of the training: positions are rotary
     assert run(capsys, "generate", models / "bytes", *long)[0] == 0
     status, out, _ = run(capsys, "generate", models / "bytes", "--out", "text", "--seed", 3)
@@ -146,7 +159,7 @@ def test_info(capsys):
     assert f"torch             {torch.__version__}" in out
     assert "causal linear attention, queries (2, 100, 4, 16)" in out
     assert "16 dimensions to 6 features" in out
-    assert "generation        " in out
+    assert re.search(r"generation +graph +(chosen|no: .+)\n +compiled +no: .+\n +plain +", out)
     assert "chunked    chosen" in out
 
 

@@ -23,6 +23,7 @@ ORDER = [
     "blocks",
     "transformers",
     "recurrent",
+    "compiled",
     "stepper",
     "builders",
     "utils",

@@ -161,8 +161,9 @@ def test_says_why_there_is_no_graph(x, graphs, monkeypatch):
     monkeypatch.setattr(module, "DEVICES", ())
     assert f"of type {DEVICE}, graphs need cuda" in stepper.explain()["graph"]
     plain = Stepper(recurrent, state, form="plain")
-    assert plain.explain() == {"graph": "no: plain steps were asked for", "plain": "chosen"}
-    with pytest.raises(RuntimeError, match="no graph can hold this step: the tensors are on"):
+    asked = "no: plain steps were asked for"
+    assert plain.explain() == {"graph": asked, "compiled": asked, "plain": "chosen"}
+    with pytest.raises(RuntimeError, match="no graph step can be taken: the tensors are on"):
         Stepper(recurrent, state, form="graph")(x[:, 1])
 
 
@@ -201,7 +202,7 @@ def test_clear_errors(x):
     with pytest.raises(ValueError, match="state must have seen a token"):
         Stepper(recurrent, State())
     _, state = recurrent(x[:, 0], State())
-    with pytest.raises(ValueError, match="form must be one of auto, graph, plain, got 'eager'"):
+    with pytest.raises(ValueError, match="form must be one of auto, graph, compiled, plain, got"):
         Stepper(recurrent, state, form="eager")
     stepper = Stepper(recurrent, state)
     stepper(x[:, 1])

@@ -57,7 +57,7 @@ class FullAttention(SoftmaxAttention):
         """
         if isinstance(state, Memory):
             keep = None if state.mask is None else state.mask[:, None, None, :]
-            q, k, v = (x.transpose(1, 2) for x in (queries, *state))
+            q, k, v = (x.transpose(1, 2) for x in (queries, *state[:]))
             out = self._attend(q, k, v, keep)
             return (out, state) if return_state else out
         q, k, v = (x.transpose(1, 2) for x in (queries, keys, values))
@@ -68,7 +68,7 @@ class FullAttention(SoftmaxAttention):
             now = go_on(past, q, k, v, padding)
             causal = past is None and padding is None
             keep = None if causal else visible(past, now, q.shape[2], padding)
-            k, v = now
+            k, v = now[:]
             out = self._attend(q, k, v, keep, causal=causal and q.shape[2] > 1)
             return (out, now) if return_state else out
         mask = None if attn_mask is None else as_mask(attn_mask, "attn_mask")
@@ -109,7 +109,7 @@ def go_on(
     if past is None and padding is None:
         return KeysValues(k, v)
     past = KeysValues(k[:, :, :0], v[:, :, :0]) if past is None else past
-    seen = (q, k, v, *past)
+    seen = (q, k, v, *past[:])
     trains = torch.is_grad_enabled() and any(x.requires_grad for x in seen)
     return past.append(k, v, padding, copy=trains or torch.compiler.is_compiling() or exporting())
 

@@ -43,7 +43,20 @@ class FastTransformerPreTrainedModel(PreTrainedModel):
             if not getattr(module.omega, "_is_hf_initialized", False):
                 module.resample(torch.Generator().manual_seed(seed))
         elif callable(reset := getattr(module, "reset_parameters", None)):
+            tensors = [*module.parameters(), *module.buffers()]
+            loaded = [x for x in tensors if getattr(x, "_is_hf_initialized", False)]
+            if len(loaded) == len(tensors) > 0:
+                return
+            kept = [x.clone() for x in loaded]
             reset()
+            for x, before in zip(loaded, kept, strict=True):
+                x.copy_(before)
+
+    def _initialize_weights(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, module: nn.Module, *args: Any
+    ) -> None:
+        """Ask :meth:`_init_weights` of every module: releases differ in which they leave out."""
+        super()._initialize_weights(module)
 
     def checkpointed(self, stack: Any) -> Any:
         """The encoder or decoder, told whether to recompute activations in the backward pass."""

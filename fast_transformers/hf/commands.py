@@ -56,7 +56,10 @@ def generate_from(args: argparse.Namespace) -> int:
     temperature = args.temperature
     if temperature is None:
         temperature = 0.0 if kind in ("copy", "mqar") else 1.0
-    sampling = Sampling(temperature, args.top_p, args.seed, not args.no_cache)
+    if args.compile and args.no_cache:
+        raise ValueError("--compile and --no-cache exclude each other: the latter takes no steps")
+    form = "compiled" if args.compile else "auto"
+    sampling = Sampling(temperature, args.top_p, args.seed, not args.no_cache, form)
     run = {"digits": _digits, "copy": _copies, "mqar": _recalls, "bytes": _text}[kind]
     return run(args, model, sampling)
 
@@ -134,7 +137,8 @@ def _text(args: argparse.Namespace, model: FastTransformerForCausalLM, sampling:
         raise ValueError(f"--length must be from 1 to {2**20}, got {count}")
     with _output(args.out) as out:
         generated = _stream(model, prompt, count, sampling, out)
-    sys.stderr.write(f"{generated.tokens.numel() / generated.seconds:.0f} tokens/s (bytes/s)\n")
+    rate = generated.tokens.numel() / generated.seconds
+    sys.stderr.write(f"{rate:.0f} tokens/s ({generated.how}; a token is a byte)\n")
     return 0
 
 

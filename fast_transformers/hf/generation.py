@@ -15,6 +15,7 @@ from transformers.generation.streamers import BaseStreamer
 from .data import LEVELS, SEPARATOR, SIDE, START, SYMBOLS, digit_sequences, load_digits
 from .modeling import FastTransformerForCausalLM
 from .recall import draw_recalls
+from .state import RecurrentState
 
 PIXELS = SIDE * SIDE
 
@@ -28,12 +29,14 @@ class Sampling:
         top_p: smallest share of probability that the likeliest tokens, which stay, must have.
         seed: of the choices.
         use_cache: generate with the recurrent twin; else recompute the sequence for each token.
+        form: of the steps, as :class:`~fast_transformers.stepper.Stepper` takes it.
     """
 
     temperature: float = 1.0
     top_p: float = 1.0
     seed: int = 0
     use_cache: bool = True
+    form: str = "auto"
 
     def __post_init__(self) -> None:
         if not 0 <= self.temperature <= 100:
@@ -42,6 +45,8 @@ class Sampling:
             raise ValueError(f"top_p must be above 0 and at most 1, got {self.top_p}")
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"seed must be from 0 to 2**63 - 1, got {self.seed}")
+        if self.form == "compiled" and not self.use_cache:
+            raise ValueError("form='compiled' is for steps, which use_cache=False leaves out")
 
 
 @dataclass(frozen=True)
@@ -50,17 +55,29 @@ class Generated:
 
     Attributes:
         tokens: (N, T) without the prompts, on the CPU.
-        seconds: from the first token of the prompts to the last generated one.
+        seconds: from the first token of the prompts to the last generated one, without what
+            compiling took before.
+        form: of the steps: "graph", "graph of compiled kernels", "compiled", "plain", or
+            "recomputed sequences".
     """
 
     tokens: Tensor
     seconds: float
+    form: str
 
     @property
     def speed(self) -> str:
-        """Sequences and tokens a second, for a person."""
+        """Sequences and tokens a second, and how, for a person."""
         n, count = len(self.tokens), self.tokens.numel()
-        return f"{n / self.seconds:.1f} sequences/s, {count / self.seconds:.0f} tokens/s"
+        rates = f"{n / self.seconds:.1f} sequences/s, {count / self.seconds:.0f} tokens/s"
+        return f"{rates} ({self.how})"
+
+    @property
+    def how(self) -> str:
+        """The form of the steps, for a person."""
+        if self.form.startswith("graph"):
+            return f"CUDA {self.form}"
+        return f"{self.form} steps" if self.form in ("plain", "compiled") else self.form
 
 
 def generate(
@@ -84,17 +101,28 @@ def generate(
     options: dict[str, Any] = {
         "max_new_tokens": count,
         "use_cache": sampling.use_cache,
-        "streamer": streamer,
         "do_sample": sampling.temperature > 0,
     }
     if sampling.temperature > 0:
         options.update(temperature=sampling.temperature, top_p=sampling.top_p, top_k=0)
+    prompts = prompts.to(model.device)
+    if sampling.form == "compiled":  # now, so that it does not count: in the second step
+        run(model, prompts, sampling, {**options, "max_new_tokens": min(count, 3)})
+    start = time.perf_counter()
+    tokens, form = run(model, prompts, sampling, {**options, "streamer": streamer})
+    seconds = time.perf_counter() - start
+    return Generated(tokens[:, prompts.shape[1] :], seconds, form)
+
+
+def run(
+    model: FastTransformerForCausalLM, prompts: Tensor, sampling: Sampling, options: dict[str, Any]
+) -> tuple[Tensor, str]:
+    """Prompts with their continuations, on the CPU, and the form of the steps."""
+    cache = RecurrentState(form=sampling.form) if sampling.use_cache else None
     with torch.random.fork_rng():
         torch.manual_seed(sampling.seed)
-        start = time.perf_counter()
-        tokens = cast(Any, model).generate(prompts.to(model.device), **options).cpu()
-        seconds = time.perf_counter() - start
-    return Generated(tokens[:, prompts.shape[1] :], seconds)
+        tokens = cast(Any, model).generate(prompts, past_key_values=cache, **options).cpu()
+    return tokens, "recomputed sequences" if cache is None else cache.form
 
 
 def draw_digits(

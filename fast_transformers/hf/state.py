@@ -23,7 +23,13 @@ class RecurrentState:
 
     For linear attention the size does not depend on the length; for softmax attention it is a
     cache of keys and values with room for more. On a GPU single tokens are steps of a
-    :class:`~fast_transformers.stepper.Stepper`, which replays a CUDA graph where it can.
+    :class:`~fast_transformers.stepper.Stepper`, which replays a CUDA graph where it can;
+    ``generate(..., past_key_values=RecurrentState(form="compiled"))`` compiles them.
+
+    Args:
+        state: to go on from, default one that has seen nothing.
+        length: number of tokens handed over for it, padding included.
+        form: of single tokens, as :class:`~fast_transformers.stepper.Stepper` takes it.
 
     Attributes:
         length: number of tokens handed over, padding included.
@@ -33,9 +39,9 @@ class RecurrentState:
     is_compileable = False
     is_croppable = False
 
-    def __init__(self, state: State | None = None, length: int = 0) -> None:
+    def __init__(self, state: State | None = None, length: int = 0, *, form: str = "auto") -> None:
         self._state = State() if state is None else state
-        self.length = length
+        self.length, self._form = length, form
         self.stepper: Stepper | None = None
 
     @property
@@ -49,20 +55,25 @@ class RecurrentState:
         self.length += tokens
 
     def may_step(self, tokens: Tensor, mask: Tensor | None) -> bool:
-        """Whether tokens (N, L) may be read by :meth:`step`: one each, whose graph is of use."""
+        """Whether tokens (N, L) may be read by :meth:`step`: one each."""
         if tokens.shape[1] != 1 or mask is not None or torch.is_grad_enabled():
             return False
-        return why_not_graph(tokens.device) is None and (
-            self.stepper is not None or self._state.batch_size > 0
-        )
+        if self._form == "auto" and why_not_graph(tokens.device) is not None:
+            return False
+        return self.stepper is not None or self._state.batch_size > 0
 
     def step(self, function: Callable[..., tuple[Any, State]], tokens: Tensor) -> Any:
         """``function(tokens, state)`` for one token of each sequence (N, 1), without its state."""
         if self.stepper is None:
-            self.stepper = Stepper(function, self._state)
+            self.stepper = Stepper(function, self._state, form=self._form)
             self._state = State()
         self.length += 1
         return self.stepper(tokens)
+
+    @property
+    def form(self) -> str:
+        """The form in which single tokens are read now, see :class:`Stepper`."""
+        return "plain" if self.stepper is None else self.stepper.form
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Number of tokens handed over, padding included."""

@@ -61,7 +61,10 @@ class KeysValues(Sequence[Tensor]):
         return 2
 
     def __getitem__(self, index: Any) -> Any:
-        """Keys (N, H, length, E), values (N, H, length, M)."""
+        """Keys (N, H, length, E), values (N, H, length, M).
+
+        ``state[:]`` is a tuple of both, which every release of torch.compile can unpack.
+        """
         return (self.key_buffer[:, :, : self.length], self.value_buffer[:, :, : self.length])[
             index
         ]
@@ -113,7 +116,7 @@ class KeysValues(Sequence[Tensor]):
             keys, values = keys.masked_fill(dropped, 0), values.masked_fill(dropped, 0)
         if copy:
             room = [x.new_zeros(*x.shape[:2], more, x.shape[3]) for x in (keys, values)]
-            buffers = [torch.cat(pair, 2) for pair in zip(self, room, strict=True)]
+            buffers = [torch.cat(pair, 2) for pair in zip(self[:], room, strict=True)]
             pairs = zip(buffers, (keys, values), strict=True)
             buffers = [x.scatter(2, slots.expand_as(y), y) for x, y in pairs]
             return _pair(buffers, lengths=lengths)

@@ -2,6 +2,7 @@ import copy
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from fast_transformers.feature_maps import RandomFeatureMap
@@ -100,6 +101,23 @@ def test_loaded_random_maps_redraw_each_with_a_seed_of_its_own(tmp_path):
         loaded(prompts())
     assert all(not torch.equal(m.omega, omega) for m, omega in zip(maps, before, strict=True))
     assert not torch.equal(maps[0].omega, maps[1].omega)
+
+
+def test_projections_of_queries_and_keys_start_alike_and_part_when_loaded(tmp_path):
+    """Every release of transformers asks for the first weights, and leaves loaded ones alone."""
+    model = make(feature_map="projected:dim=4")
+    layers = model.encoder.layers
+    linears = [layer.attention.inner_attention.feature_map.linear for layer in layers]
+    for linear in linears:
+        assert torch.equal(linear.queries.weight, linear.keys.weight)
+        linear.keys.weight.data.add_(1)
+    model.save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    lost = "encoder.layers.0.attention.inner_attention.feature_map.linear.queries.weight"
+    weights = load_file(path)
+    save_file({name: x for name, x in weights.items() if name != lost}, path, {"format": "pt"})
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path).state_dict()
+    assert [name for name, x in weights.items() if not torch.equal(x, loaded[name])] == [lost]
 
 
 def test_generation_follows_replaced_and_changed_parameters():

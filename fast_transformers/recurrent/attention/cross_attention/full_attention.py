@@ -40,7 +40,7 @@ class RecurrentCrossFullAttention(SoftmaxAttention):
         elif not isinstance(state, Memory):
             keys, values = state
             state = Memory(keys, values, key_mask(key_lengths, keys))
-        keys, values = state
+        keys, values = state[:]
         logits = self.temperature(query) * torch.einsum("nhe,nshe->nhs", query, keys)
         weights = softmax(logits, None if state.mask is None else state.mask[:, None, :])
         weights = self.dropout(weights).transpose(1, 2)

@@ -35,7 +35,7 @@ class RecurrentFullAttention(SoftmaxAttention):
         past = None if state is None else KeysValues.of(state)
         q, k, v = (x[:, :, None] for x in (query, key, value))
         now = go_on(past, q, k, v, None)
-        keys, values = now
+        keys, values = now[:]
         q, keep = q.to(keys.dtype), visible(past, now, 1, None)  # the cache's dtype may differ
         if self.event_dispatcher.wants(AttentionEvent, self):
             weights = self.dropout(softmax(self.temperature(q) * q @ keys.mT, keep))
