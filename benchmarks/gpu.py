@@ -17,7 +17,7 @@ from fast_transformers.feature_maps import features_of
 from . import cpu, gpu_report
 from .contenders import ELU, FAVOR
 from .gpu_compile import first_calls
-from .gpu_contenders import DIM, make_map
+from .gpu_contenders import CONTENDERS, DIM, make_map
 from .gpu_measure import ceilings, describe
 from .gpu_sections import Session, attention, decode, model
 from .log import Log, first_line, unused
@@ -29,7 +29,7 @@ SECTIONS: dict[str, Callable[[Session], None]] = {
     "compile": first_calls,
 }
 SLOW = ("model", "compile")
-LENGTHS = [2**10, 2**12, 2**14, 2**16]
+LENGTHS = [2**10, 2**11, 2**12, 2**14, 2**16]
 QUICK_LENGTHS = [2**10, 2**14]
 
 
@@ -40,6 +40,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--only", nargs="+", choices=SECTIONS, metavar="SECTION",
                         help=f"what to measure; of {', '.join(SECTIONS)}")  # fmt: skip
+    names = [contender.name for contender in CONTENDERS]
+    parser.add_argument("--contenders", nargs="+", choices=names, default=names, metavar="NAME",
+                        help=f"whose attention; of {', '.join(map(repr, names))}")  # fmt: skip
     parser.add_argument("--lengths", nargs="+", type=int, metavar="N",
                         help="length of the sequences; 1,024 to 65,536 by default")  # fmt: skip
     parser.add_argument("--out", type=Path, metavar="FOLDER",
@@ -58,7 +61,8 @@ def run(args: argparse.Namespace) -> int:
         return 2
     about = describe()
     folder = args.out
-    if folder is None and not (args.quick or args.only or args.lengths):
+    complete = len(args.contenders) == len(CONTENDERS)
+    if folder is None and complete and not (args.quick or args.only or args.lengths):
         folder = cpu.RESULTS
     log = Log(folder and unused(folder / f"{log_name(about['date'], about['card'])}.jsonl"))
     log.add("machine", **about, forms=_forms())
@@ -66,7 +70,7 @@ def run(args: argparse.Namespace) -> int:
     found = ceilings(seconds)
     log.add("ceilings", **found)
     lengths = sorted(args.lengths or (QUICK_LENGTHS if args.quick else LENGTHS))
-    session = Session(log, lengths, seconds, found)
+    session = Session(log, lengths, seconds, found, args.contenders)
     sections = args.only or [name for name in SECTIONS if name not in SLOW or not args.quick]
     for name in sections:
         try:

@@ -50,6 +50,7 @@ class Session:
         lengths: of the sequences.
         seconds: to measure each number for.
         ceilings: what the device can do at best.
+        contenders: names of those whose attention is measured.
         failures: what was wrong, a line each.
         answers: what was wrong with a contender, by name and whether it was causal.
     """
@@ -58,6 +59,7 @@ class Session:
     lengths: list[int]
     seconds: float
     ceilings: dict[str, float]
+    contenders: list[str]
     failures: list[str] = field(default_factory=list)
     answers: dict[tuple[str, bool], list[str]] = field(default_factory=dict)
 
@@ -92,7 +94,7 @@ def say(text: str) -> None:
 def attention(session: Session) -> None:
     """Both forms of all contenders at every length."""
     for contender in CONTENDERS:
-        for causal in contender.forms:
+        for causal in contender.forms if contender.name in session.contenders else ():
             section = "causal" if causal else "full"
             case = {"contender": contender.name, "map": contender.map}
             if not contender.installed:
