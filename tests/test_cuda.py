@@ -134,3 +134,29 @@ def test_a_state_goes_on_in_every_mode(attention, dtype, tmp_path) -> None:
     for i, n in enumerate(lengths.tolist()):
         alone, _ = model(torch.cat([x[i, :n], x[i, 23:32]])[None], return_state=True)
         torch.testing.assert_close(outputs[i], alone[0, n:], rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("name", ["elu", "favor"])
+@pytest.mark.parametrize("attention", ["linear", "causal-linear"])
+def test_training_never_waits_for_the_gpu(attention, name) -> None:
+    """Random maps are redrawn on the way; a seed is read from the GPU once, before."""
+    model = TransformerEncoderBuilder.from_kwargs(
+        attention_type=attention, n_layers=2, n_heads=2, query_dimensions=32,
+        value_dimensions=32, feature_map={"elu": elu_feature_map, "favor": Favor}[name],
+    ).get()  # fmt: skip
+    model = model.cuda().train()
+    x = torch.randn(2, 70, 64, device="cuda")
+    mask = TriangularCausalMask(70, device="cuda") if attention == "causal-linear" else None
+
+    def step() -> None:
+        model(x, attn_mask=mask).square().mean().backward()
+
+    for _ in range(2):  # the second call is the first that redraws
+        step()
+    before = [buffer.clone() for buffer in model.buffers()]
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert name == "elu" or not all(map(torch.equal, before, model.buffers()))
