@@ -167,7 +167,7 @@ def _restore(module: nn.Module, name: str, own: dict[str, Tensor], model: Any) -
         )
     dims = own.get("query_dimensions", torch.tensor(0))
     most = max((size for p in module.parameters() for size in p.shape), default=0)
-    if dims.numel() != 1 or not 1 <= int(dims) <= most:
+    if dims.dtype != torch.int64 or dims.numel() != 1 or not 1 <= int(dims) <= most:
         raise ValueError(f"the feature map saved for {name!r} is damaged: no number of dimensions")
     device = next(module.parameters()).device
     owned = _make(module, chosen.removeprefix(PREFIX).replace("?", ":", 1), int(dims), device)

@@ -149,7 +149,11 @@ def test_maps_that_know_nothing_leave_nothing(spec, tmp_path):
         ({}, None),
         ({"query_dimensions": None}, "is damaged: no number of dimensions"),
         ({"query_dimensions": torch.tensor(10**12)}, "is damaged: no number of dimensions"),
-        ({"query_dimensions": torch.zeros(3)}, "is damaged: no number of dimensions"),
+        ({"query_dimensions": torch.tensor(torch.nan)}, "is damaged: no number of dimensions"),
+        (
+            {"query_dimensions": torch.zeros(3, dtype=torch.int64)},
+            "is damaged: no number of dimensions",
+        ),
         ({"query_dimensions": torch.tensor(4)}, "size mismatch"),
         ({"feature_map.of_keys": None}, "Missing key"),
         ({"feature_map.of_keys": torch.zeros(3)}, "size mismatch"),
