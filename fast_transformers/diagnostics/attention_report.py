@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .measures import Measures, exact, mean_of, measure
+from .measures import Measures, exact, mean_of, measure, median
 from .sample import MapLike, MapsLike, Sample, instances, make_sample, named
 from .table import Cell, Report, row_named
 from .weights import linear_weights, logits_of, softmax_weights, uniform_weights
@@ -59,7 +59,7 @@ class AttentionReport(Report):
         """Head and rows of the table."""
         head = ["feature map", "F", *COLUMNS.values()]
         return head, [
-            [row.name, row.features, *(_median(x) for x in row.measures)] for row in self.rows
+            [row.name, row.features, *(median(x) for x in row.measures)] for row in self.rows
         ]
 
 
@@ -160,7 +160,3 @@ def join_reports(reports: list[AttentionReport]) -> AttentionReport:
         for rows in zip(*(report.rows for report in reports), strict=True)
     ]
     return AttentionReport(tuple(rows), sum(r.heads for r in reports), reports[0].draws)
-
-
-def _median(x: Tensor) -> float:
-    return float(x.double().quantile(0.5))

@@ -11,6 +11,7 @@ from .attention_report import UNIFORM, AttentionReport, join_reports, report_of
 from .capacity import capacity
 from .curves import error_curves, has_size, kernel_curves, variance_curves
 from .kernel_report import kernel_report
+from .measures import median
 from .page import Section
 from .sample import MapLike, Sample, instances, merge_heads, with_fits
 from .scale import ScaleReport, scale_of
@@ -64,7 +65,7 @@ class Layers(Report):
     def cells(self) -> tuple[list[str], list[list[Cell]]]:
         first = next(iter(self.layers.values()))
         rows: list[list[Cell]] = [
-            [row.name, *(float(r.rows[i].measures.kl.quantile(0.5)) for r in self.layers.values())]
+            [row.name, *(median(r.rows[i].measures.kl) for r in self.layers.values())]
             for i, row in enumerate(first.rows)
         ]
         return ["KL, median head", *self.layers], rows

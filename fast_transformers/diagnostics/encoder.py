@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .attention_report import SOFTMAX, UNIFORM, AttentionReport, AttentionRow
 from .capture import capture
+from .measures import median
 from .sample import MapsLike, Sample, named
 from .table import Cell, Report
 from .weights import linear_weights, softmax_weights, uniform_weights
@@ -181,13 +182,13 @@ def _row(row: AttentionRow, uniform: Tensor, cosine: Tensor) -> EncoderRow:
     return EncoderRow(
         name=row.name,
         features=row.features,
-        kl=_median(found.kl),
+        kl=median(found.kl),
         mean_kl=float(found.kl.mean()),
-        of_uniform=_median(found.kl / uniform),
+        of_uniform=median(found.kl / uniform),
         better=float((found.kl < uniform).double().mean()),
-        frobenius=_median(found.frobenius),
-        top1=_median(found.top1),
-        rank_correlation=_median(found.rank_correlation),
+        frobenius=median(found.frobenius),
+        top1=median(found.top1),
+        rank_correlation=median(found.rank_correlation),
         cosine=float(cosine.mean()),
         least=float(cosine.min()),
     )
@@ -216,7 +217,3 @@ class _Embedding:
         with attending(self._model, attend):
             found = self._embed()
         return torch.nn.functional.cosine_similarity(found, self._exact, dim=-1)
-
-
-def _median(x: Tensor) -> float:
-    return float(x.quantile(0.5))

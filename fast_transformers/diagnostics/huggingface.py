@@ -6,6 +6,7 @@ Both go through the library's registry of attention functions, which every model
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -37,9 +38,9 @@ def capture_layers(
 
     with torch.no_grad():
         if model.config._attn_implementation.startswith(OURS):
-            model(
-                *arguments, **call
-            )  # attentions come to own their maps when they are first called
+            with warnings.catch_warnings():  # that maps know nothing yet: they will be calibrated
+                warnings.filterwarnings("ignore", ".* as this feature map starts: ")
+                model(*arguments, **call)  # attentions make their maps when they are first called
         with attending(model, keep):
             model(*arguments, **call)
     owned = {name: getattr(m, OWNED, None) for name, m in model.named_modules() if name in layers}

@@ -113,6 +113,11 @@ def effective_rank(matrices: Tensor) -> Tensor:
     return (-torch.xlogy(share, share).sum(-1)).exp()
 
 
+def median(x: Tensor) -> float:
+    """Over the heads; of an even number the mean of the two in the middle."""
+    return float(x.double().quantile(0.5))
+
+
 def mean_of(measures: list[Measures]) -> Measures:
     """The mean over draws; of the denominator the smallest."""
     stacked = [torch.stack(parts) for parts in zip(*measures, strict=True)]

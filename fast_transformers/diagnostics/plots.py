@@ -15,7 +15,7 @@ from torch import Tensor
 from .attention_report import SOFTMAX, UNIFORM, AttentionReport
 from .capacity import CapacityReport
 from .curves import KernelCurve, VarianceCurve, without_size
-from .measures import Measures
+from .measures import median
 
 WIDTH, HEIGHT = 7.2, 4.2  # inches
 COLOURS = (
@@ -73,16 +73,16 @@ def error_plot(
     names = [row.name for row in reports[sizes[0]].rows[2:]] if sizes else []
     among = [*names, *(row.name for row in fixed.rows[2:])]
     for name in names:
-        values = [_median(reports[size][name], measure) for size in sizes]
+        values = [median(getattr(reports[size][name], measure)) for size in sizes]
         colour = _colour(name, among, colours)
         axes.plot(sizes, values, "o-", color=colour, label=_short(name), ms=4, lw=1.4)
     for index, row in enumerate(fixed.rows[2:]):
         axes.plot(
-            [row.features], [_median(row.measures, measure)], "D",
+            [row.features], [median(getattr(row.measures, measure))], "D",
             color=_colour(row.name, among, colours), label=_short(row.name),
             ms=_nested(index, len(fixed.rows) - 2, 9, 4),
         )  # fmt: skip
-    level = _median(fixed[UNIFORM], measure)
+    level = median(getattr(fixed[UNIFORM], measure))
     axes.axhline(level, color=INK, ls="--", lw=1.2, label="uniform attention")
     _logarithmic(axes)
     _sizes(axes, [*sizes, *(row.features for row in fixed.rows[2:] if row.features)])
@@ -207,7 +207,3 @@ def _short(name: str, most: int = LONGEST) -> str:
     """A name for a legend; dollars would start a formula."""
     name = name if len(name) <= most else f"{name[: most - 1]}…"
     return name.replace("$", r"\$")
-
-
-def _median(measures: Measures, name: str) -> float:
-    return float(getattr(measures, name).quantile(0.5))

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .measures import median
 from .sample import Sample, make_sample
 from .table import Cell, Report
 from .weights import logits_of, softmax_weights
@@ -56,7 +57,7 @@ class ScaleReport(Report):
             [str(index), *(float(x) for x in values)]
             for index, values in enumerate(zip(*columns, strict=True))
         ]
-        rows.append(["median", *(float(x.quantile(0.5)) for x in columns)])
+        rows.append(["median", *(median(x) for x in columns)])
         return list(HEAD), rows
 
 

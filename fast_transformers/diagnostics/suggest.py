@@ -11,6 +11,7 @@ from torch import Tensor
 from ..specs import parse_feature_map
 from .attention_report import SOFTMAX, UNIFORM, report_of
 from .kernel_report import claims, some_pairs
+from .measures import median
 from .sample import MapLike, Sample, halves, instances, is_random, make_sample
 from .scale import ScaleReport, scale_of
 from .table import Cell, Report
@@ -170,10 +171,10 @@ class _Search:
         maps: dict[str, MapLike] = {spec: spec for spec in specs}
         report = report_of(maps, self.sample, self.examples, draws=self._draws, seed=self._seed)
         uniform = report[UNIFORM]
-        self.uniform, self.uniform_kl = (_median(x) for x in (uniform.frobenius, uniform.kl))
+        self.uniform, self.uniform_kl = (median(x) for x in (uniform.frobenius, uniform.kl))
         new = []
         for row in report.rows[2:]:
-            error, kl = (_median(x) for x in (row.measures.frobenius, row.measures.kl))
+            error, kl = (median(x) for x in (row.measures.frobenius, row.measures.kl))
             variance = self._by_variance(row.name)
             new.append(Trial(row.name, row.features or 0, error, kl, specs[row.name], variance))
         self.trials += new
@@ -247,10 +248,6 @@ def _verdict(
         "(full) as it is, or train the model with the map it is to have: a trained map (t2r, "
         "hedgehog) learns what a random one cannot estimate."
     )
-
-
-def _median(x: Tensor) -> float:
-    return float(x.quantile(0.5))
 
 
 def _whole(x: float | None) -> Cell:

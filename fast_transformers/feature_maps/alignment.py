@@ -18,7 +18,7 @@ FLOOR = 1e-3  # of the mean eigenvalue: smaller ones are raised to it before the
 def rotation(queries: Moments, keys: Moments) -> tuple[Tensor, Tensor]:
     """Eigenvectors of the second moment of the sum, for both sides; theorem 4.3 of FAVOR#."""
     vectors = torch.linalg.eigh(of_sum(queries, keys)).eigenvectors
-    return vectors, vectors
+    return _turned(vectors, vectors)
 
 
 def scaling(queries: Moments, keys: Moments) -> tuple[Tensor, Tensor]:
@@ -34,12 +34,25 @@ def alignment(queries: Moments, keys: Moments) -> tuple[Tensor, Tensor]:
     (roots1, q1), (roots2, q2) = (_eigen(m.second) for m in (queries, keys))
     u, s, vh = torch.linalg.svd(roots1[..., None] * (q1.mT @ q2) * roots2[..., None, :])
     root = s.sqrt()[..., None, :]
-    return (q1 / roots1[..., None, :]) @ u * root, (q2 / roots2[..., None, :]) @ vh.mT * root
+    return _turned(
+        (q1 / roots1[..., None, :]) @ u * root, (q2 / roots2[..., None, :]) @ vh.mT * root
+    )
 
 
 def _eigen(second: Tensor) -> tuple[Tensor, Tensor]:
     values, vectors = torch.linalg.eigh(second)
     return _floored(values).sqrt(), vectors
+
+
+def _turned(of_queries: Tensor, of_keys: Tensor) -> tuple[Tensor, Tensor]:
+    """The same with columns turned round so that the largest entry of each is positive in G.
+
+    Decompositions leave the signs open, and what comes out of LAPACK depends on the number of
+    threads; one and the same draw of directions then gave other features.
+    """
+    largest = of_queries.abs().argmax(-2, keepdim=True)
+    sign = of_queries.gather(-2, largest).sign()
+    return of_queries * sign, of_keys * sign
 
 
 def _floored(values: Tensor) -> Tensor:

@@ -39,6 +39,7 @@ class PolySketch(RandomFeatureMap):
     """
 
     positive = True
+    drawn_buffers = ("omega", "mixers")
     mixers: Tensor
 
     def __init__(

@@ -62,6 +62,7 @@ class RandomFeatureMap(FeatureMap):
 
     Attributes:
         parts: number of equal parts of ``omega`` that are drawn independently of each other.
+        drawn_buffers: names of the buffers that are drawn.
 
     Raises:
         ValueError: for a ``redraw`` below 1, a negative ``softmax_temp``, or an unknown
@@ -72,6 +73,7 @@ class RandomFeatureMap(FeatureMap):
     any_input = True
     drawn = True
     parts = 1
+    drawn_buffers: tuple[str, ...] = ("omega",)
     omega: Tensor
     seed: Tensor
 

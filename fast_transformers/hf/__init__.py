@@ -29,6 +29,7 @@ from .configuration import FastTransformerConfig
 from .encoders import FastTransformerForMaskedLM, FastTransformerModel
 from .interface import attention_implementation, register_all
 from .modeling import FastTransformerForCausalLM
+from .owned import load_feature_maps
 from .seq2seq import FastTransformerForSeq2SeqLM
 from .state import RecurrentState
 
@@ -51,6 +52,7 @@ __all__ = [
     "RecurrentState",
     "StateCache",
     "attention_implementation",
+    "load_feature_maps",
     "parse_feature_map",
     "register_feature_map",
 ]

@@ -9,10 +9,10 @@ import transformers
 from torch import Tensor, nn
 
 from .. import ops
-from ..feature_maps import RandomFeatureMap, draw, features_of
-from ..feature_maps.adapt import needs_positions
+from ..feature_maps import draw, features_of
 from ..specs import FEATURE_MAPS, parse_feature_map
 from .cache import OWNER, PREFIX, LinearLayer
+from .owned import feature_map_of
 
 try:
     from transformers import AttentionInterface, AttentionMaskInterface
@@ -45,8 +45,10 @@ def attention_implementation(spec: str) -> str:
     :class:`~.cache.StateCache` of constant size. Maps that
     approximate exp(temp q.k) do so with the model's own temperature. Random features are drawn
     from the number of the layer, so that every process draws alike; a map's own weights become
-    part of the attention module at its first call. Maps that have statistics are calibrated by
-    ``diagnostics.capture(model, examples).calibrate()``.
+    part of the attention module at its first call (so call the model once before you make an
+    optimizer). Maps that have statistics are calibrated by
+    ``diagnostics.capture(model, examples).calibrate()``. Statistics and weights are saved with
+    the model, and loaded by :func:`~.owned.load_feature_maps`.
 
     Args:
         spec: see :func:`~fast_transformers.specs.parse_feature_map`, or such a name.
@@ -172,35 +174,6 @@ def _go_on(
         now = ops.causal_linear_attention(q, k, v, phi, key_mask=mask, state=layer.state)
     layer.advance(now.state)
     return now.values
-
-
-def feature_map_of(module: nn.Module, spec: str, q: Tensor) -> Any:
-    """The map that ``module`` owns for this spec; made at the first call."""
-    owned = getattr(module, "fast_transformers_map", None)
-    if owned is not None and owned.spec == spec:
-        return owned.feature_map
-    with torch.inference_mode(False), torch.random.fork_rng(devices=[]):
-        layer = getattr(module, "layer_idx", None) or 0
-        torch.manual_seed(layer)
-        owned = OwnedMap(spec, parse_feature_map(spec)(q.shape[-1]))
-    if needs_positions(owned.feature_map):
-        raise ValueError(
-            f"feature map {spec!r} needs positions, which attentions of transformers do not hand "
-            "on; use it in a model of this library"
-        )
-    module.add_module("fast_transformers_map", owned.to(q.device).train(module.training))
-    return owned.feature_map
-
-
-class OwnedMap(nn.Module):
-    """A feature map, and the spec that it was made from; random features are not saved."""
-
-    def __init__(self, spec: str, feature_map: Any) -> None:
-        super().__init__()
-        self.spec, self.feature_map = spec, feature_map
-        for part in self.modules():
-            if isinstance(part, RandomFeatureMap):
-                part.register_buffer("omega", part.omega, persistent=False)
 
 
 def _check(mask: Tensor | None, dropout: float, options: dict[str, Any]) -> None:

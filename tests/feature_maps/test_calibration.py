@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import pytest
 import torch
 from torch import Tensor
@@ -89,6 +91,38 @@ def test_aligned_moments_are_equal_and_diagonal() -> None:
     diagonal = of_queries.diagonal(dim1=-2, dim2=-1)
     assert (of_queries - diagonal.diag_embed()).abs().max() < 1e-6 * diagonal.max()
     torch.testing.assert_close(of_queries, of_keys, rtol=1e-5, atol=1e-6 * float(diagonal.max()))
+
+
+@pytest.mark.parametrize("mode", ["sderf", "aderf", "aligned"])
+def test_the_transform_does_not_depend_on_the_signs_of_eigenvectors(mode, monkeypatch) -> None:
+    """Which LAPACK leaves open, and gives otherwise with another number of threads."""
+    q, k = examples(mean=0.3)
+    signs = torch.tensor([1.0, -1.0], dtype=torch.float64).repeat(E // 2)
+    eigh, svd = torch.linalg.eigh, torch.linalg.svd
+
+    class Turned(NamedTuple):
+        eigenvalues: Tensor
+        eigenvectors: Tensor
+
+    def calibrated() -> DenseExponentialFeatures:
+        feature_map = DenseExponentialFeatures(E, 8, mode, heads=H).double()
+        feature_map.calibrate(q, k)
+        return feature_map
+
+    before = calibrated()
+    monkeypatch.setattr(
+        torch.linalg, "eigh", lambda x: Turned(eigh(x).eigenvalues, eigh(x).eigenvectors * signs)
+    )
+    monkeypatch.setattr(
+        torch.linalg,
+        "svd",
+        lambda x: (svd(x).U * signs, svd(x).S, signs[:, None] * svd(x).Vh),
+    )
+    after = calibrated()
+    for name in ("of_queries", "of_keys", "log_rho"):
+        torch.testing.assert_close(after.get_buffer(name), before.get_buffer(name))
+    for matrix in before.of_queries:
+        assert (matrix.gather(0, matrix.abs().argmax(0, keepdim=True)) > 0).all()
 
 
 def test_moments_that_cannot_be_inverted() -> None:
