@@ -29,7 +29,7 @@ from .maps import (
     slope,
     store_rows,
 )
-from .sums import INFINITY, at_row, is_kept, load_numbers, load_sums
+from .sums import INFINITY, at_row, is_kept, load_numbers, load_sums, store_numbers
 from .tiles import flagged_tiles, is_flagged, place, values_of
 
 
@@ -88,12 +88,9 @@ def differentiate_queries_tile(
     given_q = load_given(q, batch, h, start, valid, map)
     at = at_row(batch, start + r, h, length, heads)
     norms = tl.load(norm + at, valid, INFINITY if EXPONENTIAL else 0.0)
-    do = load_rows(d_out, batch, h, start, valid, 0, M, BLOCK_M)
-    y = load_rows(out, batch, h, start, valid, 0, M, BLOCK_M).to(tl.float32)
-    deltas = tl.sum(do.to(tl.float32) * y, 1)
-    to = numbers + at[:, None] * 2 + tl.arange(0, 2)[None, :]
-    tl.store(to, tl.join(norms, deltas), valid[:, None])
-    do = do.to(map.OPERAND)
+    do, deltas = store_numbers(
+        numbers, norms, at, d_out, out, batch, h, start, valid, map, M, BLOCK_M
+    )
     if CAUSAL:
         j = tl.arange(0, CHUNK)
         first_key, ahead, kept, values = values_of(

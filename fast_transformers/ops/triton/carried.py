@@ -22,7 +22,7 @@ from .maps import (
     slope,
     store_rows,
 )
-from .sums import at_row, is_kept, load_sums, locate, store_sums
+from .sums import at_row, is_kept, load_sums, locate, store_numbers, store_sums
 
 
 @triton.jit
@@ -33,6 +33,22 @@ def features_of(x, n, h, start, valid, kept, weights, map):
     return encode(u, None, kept, 0, 0, map, False), u
 
 
+@triton.jit
+def begin_segment(
+    table, parts, size, length, heads, starts, map,
+    GROUPS: tl.constexpr, M: tl.constexpr, BLOCK_M: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """Query head and key head of a program, batch row, sequence, the first row and the end of its
+    segment, and the sums before that."""
+    pid = tl.program_id(0)
+    h = pid % heads
+    of_key = h // GROUPS
+    batch, sequence, first, end, _, _, _ = locate(table, pid // heads, parts, size, length, CHUNK)
+    index = pid // heads * (heads // GROUPS) + of_key
+    kv, z, _ = load_sums(starts, index, 0, 0, 0, map, M, BLOCK_M)
+    return h, of_key, batch, sequence, first, end, kv, z
+
+
 @triton.jit(do_not_specialize=["length", "heads", "parts", "size", "mask_n"])
 def attend_along(
     q, k, v, mask, mask_n, length, heads, table, parts, size, starts, end_sums, out, norm, eps,
@@ -40,15 +56,10 @@ def attend_along(
     GROUPS: tl.constexpr, M: tl.constexpr, BLOCK_M: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """Values and norms of the queries of a segment, as ``forward.attend``."""
-    pid = tl.program_id(0)
-    h = pid % heads
-    of_key, key_heads = h // GROUPS, heads // GROUPS
-    batch, sequence, first, end, begin, stop, _ = locate(
-        table, pid // heads, parts, size, length, CHUNK
+    h, of_key, batch, sequence, first, end, kv, z = begin_segment(
+        table, parts, size, length, heads, starts, map, GROUPS, M, BLOCK_M, CHUNK
     )
     weights = load_weights(map, 0)
-    index = pid // heads * key_heads + of_key
-    kv, z, _ = load_sums(starts, index, 0, 0, 0, map, M, BLOCK_M)
     r = tl.arange(0, CHUNK)
     for start in tl.range(first, end, CHUNK, num_stages=map.STAGES):
         valid = start + r < end
@@ -72,7 +83,7 @@ def attend_along(
         z += tl.sum(phi_k, 0)
     if end_sums.kv is not None:
         if h % GROUPS == 0:
-            own = sequence * key_heads + of_key
+            own = sequence * (heads // GROUPS) + of_key
             store_sums(end_sums, own, 0, 0, 0, kv, z, z, map, M)
 
 
@@ -83,15 +94,10 @@ def differentiate_queries_along(
     GROUPS: tl.constexpr, M: tl.constexpr, BLOCK_M: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """Gradients and numbers of the queries of a segment, as ``backward.differentiate_queries``."""
-    pid = tl.program_id(0)
-    h = pid % heads
-    of_key, key_heads = h // GROUPS, heads // GROUPS
-    batch, sequence, first, end, begin, stop, _ = locate(
-        table, pid // heads, parts, size, length, CHUNK
+    h, of_key, batch, sequence, first, end, kv, z = begin_segment(
+        table, parts, size, length, heads, starts, map, GROUPS, M, BLOCK_M, CHUNK
     )
     weights = load_weights(map, 0)
-    index = pid // heads * key_heads + of_key
-    kv, z, _ = load_sums(starts, index, 0, 0, 0, map, M, BLOCK_M)
     vk = tl.trans(kv)  # as both products want it
     r = tl.arange(0, CHUNK)
     for start in tl.range(first, end, CHUNK, num_stages=map.STAGES):
@@ -99,12 +105,9 @@ def differentiate_queries_along(
         kept = is_kept(mask, mask_n, batch, start + r, start, end)
         at = at_row(batch, start + r, h, length, heads)
         norms = tl.load(norm + at, valid, 0.0)
-        do = load_rows(d_out, batch, h, start, valid, 0, M, BLOCK_M)
-        y = load_rows(out, batch, h, start, valid, 0, M, BLOCK_M).to(tl.float32)
-        deltas = tl.sum(do.to(tl.float32) * y, 1)
-        to = numbers + at[:, None] * 2 + tl.arange(0, 2)[None, :]
-        tl.store(to, tl.join(norms, deltas), valid[:, None])
-        do = do.to(map.OPERAND)
+        do, deltas = store_numbers(
+            numbers, norms, at, d_out, out, batch, h, start, valid, map, M, BLOCK_M
+        )
         values = load_rows(v, batch, of_key, start, kept, 0, M, BLOCK_M).to(map.OPERAND)
         pairs = tl.dot(do, tl.trans(values), input_precision=map.PRECISION) - deltas[:, None]
         pairs = operand(tl.where(r[:, None] >= r[None, :], pairs, 0.0), map)

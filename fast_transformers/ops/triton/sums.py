@@ -127,6 +127,20 @@ def load_numbers(numbers, at, valid, EXPONENTIAL: tl.constexpr):
 
 
 @triton.jit
+def store_numbers(
+    numbers, norms, at, d_out, out, n, h, start, valid, map,
+    M: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """Store norms and deltas of the queries from ``start`` on; do as a factor, and the deltas."""
+    do = load_rows(d_out, n, h, start, valid, 0, M, BLOCK_M)
+    y = load_rows(out, n, h, start, valid, 0, M, BLOCK_M).to(tl.float32)
+    deltas = tl.sum(do.to(tl.float32) * y, 1)
+    to = numbers + at[:, None] * 2 + tl.arange(0, 2)[None, :]
+    tl.store(to, tl.join(norms, deltas), valid[:, None])
+    return do.to(map.OPERAND), deltas
+
+
+@triton.jit
 def keys_across(k, mask, mask_n, n, h, start, end, weights, block, part, map, C: tl.constexpr):
     """Features (BLOCK, C) of the keys from ``start`` on, and which of them count."""
     valid = is_kept(mask, mask_n, n, start + tl.arange(0, C), start, end)
