@@ -140,7 +140,7 @@ class Launch:
         """Shape of the memory in which the sums before every segment of keys wait for the
         backward pass; of no size if there is one segment."""
         most = self.parts(n, length, self.heads, self.blocks * self.columns)
-        width = self.heads * self.features * (self.m + 1 + self.exponential)
+        width = self.heads * self.features * (self.m + 1 + int(self.exponential))
         return n, torch.sym_min(most - 1, 1) * most * width
 
     def sums_in(self, memory: Tensor, plan: Plan) -> Sums | None:
