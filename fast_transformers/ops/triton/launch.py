@@ -90,6 +90,10 @@ class Launch:
         self.groups = self.q_heads // self.heads
         self.columns = triton.cdiv(self.m, self.tile)
         self.blocks = self.walk_map.BLOCKS.value * self.walk_map.PARTS.value
+        # 4 warps for every 64 features; of 8 warps two programs fit on a multiprocessor
+        wide = self.walk_map.BLOCK.value > 64
+        self.walkers = dict(num_warps=2 * WARPS if wide else WARPS)
+        self.walkers["maxnreg"] = 128 if wide else self.config.registers[2]
         self.carried = causal and not self.exponential and self.blocks == self.columns == 1
         self.compiled: dict[Any, tuple[Any, tuple[Any, ...]]] = {}
 
@@ -122,7 +126,7 @@ class Launch:
             self.compiled[key] = compiled, tuple(options[name] for name in names)
 
     def options(self, **more: Any) -> dict[str, Any]:
-        return dict(M=self.m, CHUNK=self.config.chunk, num_warps=WARPS, **more)
+        return dict(M=self.m, CHUNK=self.config.chunk, **{"num_warps": WARPS} | more)
 
     def parts(self, n: Any, length: Any, heads: int, blocks: int) -> Any:
         """Most segments of a sequence, enough to fill a GPU; of sizes that may be symbolic."""
@@ -183,7 +187,7 @@ class Launch:
             *tensors, heads, plan.table, plan.parts, plan.size, start, prefix, flags, end, map,
             **self.options(
                 BLOCK_M=self.tile, EXPONENTIAL=self.exponential, STORE=store,
-                maxnreg=self.config.registers[2],
+                **self.walkers,
             ),
         )  # fmt: skip
         return prefix, flags
@@ -210,7 +214,7 @@ class Launch:
                 self.before(kernel, tensors, plan, heads, map, start, end)
             return end, None
         if plan.parts > 1:
-            start = self.before(kernel, tensors, plan, heads, map, start, NOTHING, parts)
+            start, end = self.before(kernel, tensors, plan, heads, map, start, end, parts), NOTHING
         return self.walk(kernel, tensors, plan, heads, map, start, end, True)
 
     def scan(

@@ -49,8 +49,8 @@ PRECISE = Config(32, 32, (32, 32, 32), 64, (None, None, None), (2, 2), 1024)
 WIDE = Config(32, 32, (32, 32, 32), 64, (None, None, None), (2, 2), 1024)
 # whether maps multiply by weights, and whether attention is causal
 SHORT = {
-    (True, True): Config(32, 64, (64, 64, 64), 64, (168, None, 168), (3, 3), 792),
-    (True, False): Config(32, 64, (128, 64, 64), 64, (168, 168, 168), (3, 3), 792),
+    (True, True): Config(32, 128, (64, 64, 64), 64, (168, None, 168), (3, 3), 264),
+    (True, False): Config(32, 128, (128, 64, 64), 64, (168, 168, 168), (3, 3), 264),
     (False, True): Config(64, 64, (64, 64, 64), 64, (128, 128, None), (2, 3), 256),
     (False, False): Config(64, 64, (64, 128, 64), 128, (None, None, None), (2, 3), 512),
 }

@@ -117,10 +117,13 @@ def at_row(n, row, h, length, heads):
 
 @triton.jit
 def load_numbers(numbers, at, valid, EXPONENTIAL: tl.constexpr):
-    """Norms and deltas (C,). Both in one tile, which is large enough for Triton to load once;
+    """Norms and deltas (C,), both twice in a tile, which is large enough for Triton to load once:
     what is less than a number a thread is loaded by every thread for each of its elements."""
-    pair = tl.load(numbers + at[:, None] * 2 + tl.arange(0, 2)[None, :], valid[:, None], 0.0)
-    norms, deltas = tl.split(pair)
+    column = tl.arange(0, 4) % 2
+    tile = tl.load(numbers + at[:, None] * 2 + column[None, :], valid[:, None], 0.0)
+    norms, deltas = tl.split(tl.reshape(tile, (tile.shape[0], 2, 2)))
+    norms, _ = tl.split(norms)
+    deltas, _ = tl.split(deltas)
     if EXPONENTIAL:
         norms = tl.where(valid, norms, INFINITY)
     return norms, deltas
@@ -207,12 +210,12 @@ def walk_keys(
     M: tl.constexpr, BLOCK_M: tl.constexpr, CHUNK: tl.constexpr, EXPONENTIAL: tl.constexpr,
     STORE: tl.constexpr,
 ):  # fmt: skip
-    """Along the keys of a segment, from ``start_sums`` (of the segment) to ``end_sums``: with
-    STORE those of the sequence, else of the segment; on the way those before every chunk."""
+    """Along the keys of a segment, from ``start_sums`` to ``end_sums`` (both of the segment), with
+    STORE by way of those before every chunk."""
     pid, column = tl.program_id(0), tl.program_id(2)
     block, part = tl.program_id(1) // map.PARTS, tl.program_id(1) % map.PARTS
     h = pid % heads
-    batch, sequence, first, end, begin, stop, chunk = locate(
+    batch, _, first, end, _, _, chunk = locate(
         table, pid // heads, parts, size, length, CHUNK
     )
     weights = load_weights(map, block)
@@ -234,9 +237,7 @@ def walk_keys(
             EXPONENTIAL, STORE,
         )  # fmt: skip
     if end_sums.kv is not None:
-        if not STORE or end == stop:
-            index = sequence * heads + h if STORE else pid
-            store_sums(end_sums, index, block, part, column, kv, z, shift, map, M)
+        store_sums(end_sums, pid, block, part, column, kv, z, shift, map, M)
 
 
 @triton.jit(do_not_specialize=["length", "heads", "parts", "size"])
@@ -251,7 +252,7 @@ def walk_queries(
     pid, column = tl.program_id(0), tl.program_id(2)
     block, part = tl.program_id(1) // map.PARTS, tl.program_id(1) % map.PARTS
     h = pid % heads
-    batch, sequence, first, end, begin, stop, chunk = locate(
+    batch, _, first, end, _, _, chunk = locate(
         table, pid // heads, parts, size, length, CHUNK
     )
     weights = load_weights(map, block)
@@ -278,6 +279,4 @@ def walk_queries(
             EXPONENTIAL, STORE,
         )  # fmt: skip
     if end_sums.kv is not None:
-        if not STORE or first == begin:
-            index = sequence * heads + h if STORE else pid
-            store_sums(end_sums, index, block, part, column, kv, z, shift, map, M)
+        store_sums(end_sums, pid, block, part, column, kv, z, shift, map, M)
