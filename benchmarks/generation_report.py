@@ -7,7 +7,7 @@ from typing import Any
 from .generation import best, line
 from .images import SHAPES
 from .log import Record, select
-from .tables import table
+from .tables import number, table
 
 NAMES = {"linear": "linear (elu+1), ours", "softmax": "softmax with a cache, here"}
 
@@ -38,7 +38,7 @@ def report(records: list[Record]) -> str:
 
 def _row(records: list[Record], shape: str, attention: str) -> list[Any]:
     many, one = (best(records, shape, attention, alone) for alone in (False, True))
-    cells = ["-" if r is None else f"{r[key]:,.3g} [{_way(r)}]" for r, key in
+    cells = ["-" if r is None else f"{number(r[key])} [{_way(r)}]" for r, key in
              ((many, "rate"), (one, "seconds"))]  # fmt: skip
     return [NAMES[attention], *cells]
 

@@ -8,7 +8,7 @@ from typing import Any
 from .contenders import ELU, FAVOR
 from .figures import draw_panels
 from .log import Record, select
-from .tables import spread, table
+from .tables import ms, spread, table
 
 SECTIONS = {"causal": "Causal", "full": "Full"}
 PASSES = ("forward", "forward+backward")
@@ -44,11 +44,6 @@ def _machine(records: list[Record]) -> str:
     )
 
 
-def _number(record: Record) -> str:
-    value = 1e3 * record["seconds"]
-    return f"{value:.3g} {spread(record)}"
-
-
 def _percent(record: Record) -> str:
     parts = [f"{record[key]:.0%}" for key in ("of copy", "of product") if key in record]
     return f" [{' / '.join(parts)}]" if parts else ""
@@ -57,7 +52,7 @@ def _percent(record: Record) -> str:
 def _cell(record: Record | None, ours: Record | None) -> str:
     if record is None or "seconds" not in record:
         return "-"
-    text = _number(record) + _percent(record)
+    text = ms(record) + _percent(record)
     if ours is None or "seconds" not in ours or record is ours:
         return text
     return f"{text} ({record['seconds'] / ours['seconds']:.2f}x)"
@@ -128,7 +123,7 @@ def _model(records: list[Record]) -> str:
     rows: list[list[Any]] = []
     for r in here:
         if "seconds" in r:
-            cells = [_number(r), f"{r['tokens per second']:,.0f}", f"{r['bytes'] / MIB:,.0f}"]
+            cells = [ms(r), f"{r['tokens per second']:,.0f}", f"{r['bytes'] / MIB:,.0f}"]
         else:
             cells = [r.get("skipped", "wrong"), "-", "-"]
         rows.append([r["contender"], *cells])

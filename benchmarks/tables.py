@@ -38,10 +38,14 @@ def spread(record: Record) -> str:
     return f"±{50 * (record['high'] - record['low']) / record['seconds']:.0f}%"
 
 
+def number(value: float) -> str:
+    """Three digits, and no exponent for what is large."""
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
+
+
 def ms(record: Record) -> str:
     """Milliseconds and their spread."""
-    value = 1e3 * record["seconds"]
-    return f"{value:,.0f} {spread(record)}" if value >= 1000 else f"{value:.3g} {spread(record)}"
+    return f"{number(1e3 * record['seconds'])} {spread(record)}"
 
 
 def attention(records: list[Record], first: bool = False) -> list[str]:

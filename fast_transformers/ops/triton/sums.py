@@ -215,9 +215,7 @@ def walk_keys(
     pid, column = tl.program_id(0), tl.program_id(2)
     block, part = tl.program_id(1) // map.PARTS, tl.program_id(1) % map.PARTS
     h = pid % heads
-    batch, _, first, end, _, _, chunk = locate(
-        table, pid // heads, parts, size, length, CHUNK
-    )
+    batch, _, first, end, _, _, chunk = locate(table, pid // heads, parts, size, length, CHUNK)
     weights = load_weights(map, block)
     kv, z, shift = load_sums(start_sums, pid, block, part, column, map, M, BLOCK_M)
     if EXPONENTIAL:
@@ -252,9 +250,7 @@ def walk_queries(
     pid, column = tl.program_id(0), tl.program_id(2)
     block, part = tl.program_id(1) // map.PARTS, tl.program_id(1) % map.PARTS
     h = pid % heads
-    batch, _, first, end, _, _, chunk = locate(
-        table, pid // heads, parts, size, length, CHUNK
-    )
+    batch, _, first, end, _, _, chunk = locate(table, pid // heads, parts, size, length, CHUNK)
     weights = load_weights(map, block)
     kv, z, shift = load_sums(start_sums, pid, block, part, column, map, M, BLOCK_M)
     chunks = tl.cdiv(end - first, CHUNK)
