@@ -86,9 +86,11 @@ class RandomFourierFeatures(RandomFeatureMap):
 
 
 class SmoothedRandomFourierFeatures(RandomFeatureMap):
-    """Random Fourier features and one constant: the Gaussian kernel plus ``smoothing``.
+    """phi(x) = [cos(w_i.x'), sin(w_i.x')] / sqrt(K) and sqrt(smoothing), K = (F - 1)/2.
 
-    The constant keeps the denominator of the attention away from zero.
+    Unbiased for the Gaussian kernel of :class:`RandomFourierFeatures` plus ``smoothing``, which
+    keeps the denominator of the attention away from zero. In no paper: it comes from the library
+    of "Transformers are RNNs" (2020).
 
     Args:
         query_dimensions: E.
