@@ -8,7 +8,7 @@ from typing import Any
 from .contenders import ELU, FAVOR
 from .figures import draw_panels
 from .log import Record, select
-from .tables import ms, spread, table
+from .tables import ms, number, spread, table
 
 SECTIONS = {"causal": "Causal", "full": "Full"}
 PASSES = ("forward", "forward+backward")
@@ -78,7 +78,7 @@ def _host(records: list[Record], section: str) -> str:
     found = {(r["contender"], r["pass"]): r["host"] for r in here if r["length"] == length}
     names = dict.fromkeys(r["contender"] for r in here)
     rows = [
-        [name, *(f"{1e3 * found[name, p]:.3g}" if (name, p) in found else "-" for p in PASSES)]
+        [name, *(number(1e3 * found[name, p]) if (name, p) in found else "-" for p in PASSES)]
         for name in names
     ]
     title = f"{SECTIONS[section]}, until the call returns to the host, ms"

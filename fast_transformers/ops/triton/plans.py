@@ -26,7 +26,7 @@ class Config(NamedTuple):
         rows: of a program: queries for their values, queries for their gradients, and keys.
         chunk: rows between two stored sums, a multiple of ``rows`` in causal attention.
         registers: most of them a thread, of programs with queries, of those with keys, and of
-            those that walk; None to leave it to the compiler.
+            those that walk with 4 warps; None to leave it to the compiler.
         stages: of loops over features, and of those along a sequence. With one stage Triton 3.6
             makes kernels that fault now and then.
         programs: segments are made until there are that many.
