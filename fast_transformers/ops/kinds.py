@@ -14,6 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .products import product
+
 LOG2E = math.log2(math.e)
 
 
@@ -134,12 +136,12 @@ class Projected(Kind):
         scaled = self._scaled
         if scaled is None:
             if x.numel() < self.omega.numel():
-                return _product(x * self.scale, self.omega)
-            scaled = self._scaled = self.omega * self.scale
-        return _product(x, scaled)
+                return product(x * self.scale, self.omega)
+            scaled = self._scaled = (self.omega.mT * self.scale).contiguous().mT
+        return product(x, scaled)
 
     def project_back(self, gradient: Tensor) -> Tensor:
-        return _product(gradient, self.omega.mT).mul_(self.temp**0.5)
+        return product(gradient, self.omega.mT).mul_(self.temp**0.5)
 
     def value(self, x: Tensor) -> Tensor:
         return self.function(self.project(x))
@@ -238,14 +240,6 @@ class Hyperbolic(Projected):
     def keys_back(self, gradient: Tensor, phi: Tensor, x: Tensor) -> Tensor:
         total = gradient.sum(-1, keepdim=True)
         return self.queries_back(gradient, phi, x).addcmul_(x, total, value=-self.temp)
-
-
-def _product(x: Tensor, weights: Tensor) -> Tensor:
-    """One product of matrices, which ``x @ weights`` is not for a slice of a sequence."""
-    if x.ndim == 4 and not x.is_contiguous():  # tokens before heads in memory
-        x = x.transpose(1, 2)
-        return torch.mm(x.flatten(0, -2), weights).view(*x.shape[:-1], -1).transpose(1, 2)
-    return x @ weights
 
 
 def _exp_(x: Tensor) -> Tensor:

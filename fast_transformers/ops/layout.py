@@ -19,7 +19,7 @@ TILE = 8  # heads of long sequences worked at once
 TILE_TOKENS = 4096  # tokens of all heads of short sequences worked at once
 BLOCK = 256  # most tokens worked at once
 MIN_CHUNK = 64  # fewest tokens that are worth a matrix product
-BLOCK_FEATURES = 256 * 64  # most features of a head worked at once, but for a single chunk
+BLOCK_FEATURES = 256 * 128  # most features of a head worked at once, but for a single chunk
 
 
 class Tile(NamedTuple):
@@ -33,8 +33,11 @@ class Tile(NamedTuple):
         return x[self.rows, :, self.heads.start * groups : self.heads.stop * groups]
 
     def of_mask(self, mask: Tensor | None) -> Tensor | None:
-        """The tile of (N, length)."""
-        return None if mask is None else mask[self.rows]
+        """The tile of (N, length); None where nothing is masked, which only a CPU is asked."""
+        mask = None if mask is None else mask[self.rows]
+        if mask is not None and mask.device.type == "cpu" and bool(mask.all()):
+            return None
+        return mask
 
 
 def tiles(n: int, heads: int, length: int, whole: bool = False) -> Iterator[Tile]:

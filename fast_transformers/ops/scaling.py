@@ -44,7 +44,7 @@ def reference(a: Tensor, shift: Tensor, masked: bool, whole: bool) -> Tensor | N
         masked: whether keys may be masked, with features of 0.
         whole: whether all queries see all keys of the block.
     """
-    top = a.amax((0, 2))
+    top = a.amax(2).amax(0)  # over both at once takes ten times as long
     if not whole or a.device.type == "cpu":
         if float((top - shift).amax()) <= SLACK:
             return shift
@@ -61,7 +61,7 @@ def _gap(a: Tensor, top: Tensor, shift: Tensor, masked: bool) -> float:
     be masked the smallest key stands for it.
     """
     if masked:
-        smallest = a.masked_fill(a == -math.inf, math.inf).amin((0, 2))
+        smallest = a.masked_fill(a == -math.inf, math.inf).amin(2).amin(0)
         seen = torch.where(shift > lowest(a.dtype), shift, smallest)
     else:
         seen = torch.maximum(shift, a[0, :, 0])

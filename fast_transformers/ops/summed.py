@@ -18,6 +18,7 @@ from .call import Call
 from .checks import check_widths
 from .encode import width
 from .layout import (
+    BLOCK,
     BLOCK_FEATURES,
     MIN_CHUNK,
     Block,
@@ -36,7 +37,8 @@ Gradients = list[Tensor | None]
 
 def _chunks(length: int, call: Call, sums: Sums, what: str) -> Iterator[Block]:
     """The size of a chunk changes no cost here, as long as its features stay in a cache."""
-    chunk = call.chunk or max(MIN_CHUNK, BLOCK_FEATURES // max(sums.z.shape[-1], 1))
+    most = min(BLOCK, BLOCK_FEATURES // max(sums.z.shape[-1], 1))
+    chunk = call.chunk or max(MIN_CHUNK, most)
     return paced(blocks(0, length, chunk, chunk), sums.kv, what, *sums.kv.shape, chunk)
 
 
