@@ -17,7 +17,8 @@ def check_inputs(q: Tensor, k: Tensor, v: Tensor, dim: int = 4) -> None:
     if (
         not exporting()  # whose graph would be bound to the answers about the lengths
         and isinstance(q, Tensor) and isinstance(k, Tensor) and isinstance(v, Tensor)
-        and q.shape == k.shape and q.ndim == v.ndim == dim and v.shape[:-1] == k.shape[:-1]
+        and (shape := k.shape) == q.shape and k.ndim == v.ndim == dim
+        and (v.shape == shape or v.shape[:-1] == shape[:-1])
         and q.is_floating_point() and q.dtype == k.dtype == v.dtype
         and q.device == k.device == v.device
     ):  # fmt: skip

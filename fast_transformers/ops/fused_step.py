@@ -38,9 +38,10 @@ def why_not_fused_step(
         kind: what evaluates it; None if autograd differentiates it, or it has no formula.
         state: earlier sums.
     """
-    if q.device.type not in DEVICES:
-        return f"the tensors are on a device of type {q.device.type}, kernels need cuda"
-    if INTERPRETED and q.device.type == "cuda":
+    device = q.device.type
+    if device not in DEVICES:
+        return f"the tensors are on a device of type {device}, kernels need cuda"
+    if INTERPRETED and device == "cuda":
         return "Triton is interpreted"
     if kind is None:
         return "the feature map has no formula, or gradients are wanted"
