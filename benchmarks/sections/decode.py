@@ -48,6 +48,7 @@ STEPS = [
     for step in (
         Step(f"ours, {map}, module", "ours", "decode", _like("ours", map)),
         Step(f"ours, {map}, function", "ours", "step", _like("ours", map)),
+        Step(f"ours, {map}, function in place", "ours", "step in place", _like("ours", map)),
         Step(f"older library, {map}, module", "older", "decode", _like("older", map)),
     )
 ] + [Step(f"{SDPA}, cache of {CACHED:,}", "ours", "cached", _like("ours", None))]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -84,7 +85,7 @@ def decode(map: str, batch: int, omega: Tensor | None = None) -> Job:
     return DecodeJob(attention, batch)
 
 
-def step(map: str, batch: int, omega: Tensor | None = None) -> Job:
+def step(map: str, batch: int, omega: Tensor | None = None, inplace: bool = False) -> Job:
     """One token of the function ``ops.linear_attention_step``."""
     feature_map = MAPS[map](DIM).eval()
     _set_omega(feature_map, omega)
@@ -92,7 +93,7 @@ def step(map: str, batch: int, omega: Tensor | None = None) -> Job:
         features = features_of(feature_map)
 
     def one(q: Tensor, k: Tensor, v: Tensor, state: Any) -> tuple[Tensor, Any]:
-        return ops.linear_attention_step(q, k, v, features, state=state)
+        return ops.linear_attention_step(q, k, v, features, state=state, inplace=inplace)
 
     return DecodeJob(one, batch)
 
@@ -107,6 +108,7 @@ TASKS: dict[str, Callable[..., Job]] = {
     "softmax": softmax,
     "decode": decode,
     "step": step,
+    "step in place": partial(step, inplace=True),
     "cached": cached,
     **model.TASKS,
 }
