@@ -9,8 +9,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 from fast_transformers import ops
+from fast_transformers.feature_maps import Favor, features_of
 from tests.support import exponential_features, make_qkv, positive_features
 
 FEATURES = {"positive": positive_features(), "exponential": exponential_features()}
@@ -145,6 +147,29 @@ def test_a_state_is_a_value(features) -> None:
     assert torch.equal(*results)
     assert torch.equal(start.state.kv, before.kv)
     assert torch.equal(start.state.z, before.z)
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_steps_of_favor_whether_or_not_the_shift_stays(inplace: bool) -> None:
+    features = features_of(Favor(8, n_dims=24, generator=0))
+    q, k, v = make_qkv(40, dtype=torch.float64)
+    k = k * torch.arange(40, 0, -1)[:, None, None] / 8  # features of smaller keys are larger
+    whole = ops.causal_linear_attention(q, k, v, features, impl="reference")
+    state, values, stays = None, [], []
+    for token in zip(*(x.unbind(1) for x in (q, k, v)), strict=True):
+        before = None if state is None else state.map(Tensor.clone)
+        out, after = ops.linear_attention_step(*token, features, state=state, inplace=inplace)
+        if before is not None:
+            assert (after is state) == inplace
+            stays.append(torch.equal(after.shift, before.shift))
+            if not inplace:
+                assert torch.equal(state.kv, before.kv)
+                assert torch.equal(state.shift, before.shift)
+        state = after
+        values.append(out)
+    assert set(stays) == {True, False}
+    torch.testing.assert_close(torch.stack(values, 1), whole.values, **close)
+    assert_same_state(state, whole.state)
 
 
 @pytest.mark.parametrize("features", FEATURES)
