@@ -2,7 +2,7 @@
 
 PyTorch multiplies float32 matrices on x86 with MKL, which keeps to AVX2 on AMD's CPUs: a core of
 one with AVX-512 does 116 GFLOP/s by MKL and 250 by oneDNN (2,048 rows, 64 x 128 weights). There
-is no such choice for batches of small products, where the call of oneDNN takes longer than it saves.
+is no such choice for batches of small products, for which a call of oneDNN takes too long.
 """
 
 from __future__ import annotations

@@ -40,7 +40,7 @@ pytestmark = [
     ),
 ]
 if REASON is None:
-    from fast_transformers.ops.triton import launch
+    from fast_transformers.ops.triton import launch, passes
 
 OPERATORS = torch.ops.fast_transformers
 FUNCTIONS = {"full": ops.linear_attention, "causal": ops.causal_linear_attention}
@@ -370,3 +370,30 @@ def test_registered_function(function, projected, squared_relu) -> None:
     exact = differentiate(partial(attend, impl="reference"), [x.double() for x in inputs])
     for a, e in zip(differentiate(partial(attend, impl="chunked"), inputs), exact, strict=True):
         torch.testing.assert_close(a.double(), e, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("rows", "packed"), [(1, False), (3, False), (1, True)])
+def test_sums_of_queries_in_portions(rows, packed, monkeypatch) -> None:
+    """Sequences, or the heads of one, whose sums would take more memory than they may."""
+    q, k, v = make(70, N=rows, H=4)
+    mask = torch.arange(70, device=DEVICE) < torch.tensor([[70], [50], [1]], device=DEVICE)[:rows]
+    cu_seqlens = torch.tensor([0, 30, 70], device=DEVICE) if packed else None
+    attend = partial(
+        ops.causal_linear_attention,
+        features=features("hyperbolic"), key_mask=mask, cu_seqlens=cu_seqlens, impl="triton",
+    )  # fmt: skip
+
+    def gradients() -> tuple[Tensor, ...]:
+        leaves = [x.requires_grad_() for x in (q, k[:, :, :2].detach(), v[:, :, :2].detach())]
+        return torch.autograd.grad(attend(*leaves).values.square().sum(), leaves)
+
+    portions = []
+    cut = passes._portions
+    monkeypatch.setattr(passes, "_portions", lambda *args: portions.extend(cut(*args)) or portions)
+    whole = gradients()
+    assert len(portions) == 1
+    portions.clear()
+    monkeypatch.setattr(passes, "MOST_BYTES", 1)
+    for found, expected in zip(gradients(), whole, strict=True):
+        torch.testing.assert_close(found, expected)
+    assert len(portions) == (3 if rows == 3 else 2)

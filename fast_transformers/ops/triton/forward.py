@@ -17,10 +17,12 @@ import triton.language as tl
 
 from .maps import (
     encode,
+    encode_all,
     load_given,
     load_weights,
     offset_of,
     operand,
+    operand_all,
     project,
     store_rows,
 )
@@ -67,27 +69,19 @@ def first_far(
 @triton.jit
 def largest(
     q, k, batch, h, of_key, start, first_key, valid, kept, given_q, given_k, offset, seen, sums,
-    index, map, FLAGGED: tl.constexpr,
+    index, map,
 ):  # fmt: skip
-    """The largest factor of each query (C,) in the first block or, FLAGGED, of all; a logarithm.
-
-    Found before the factors are used, so that no sum needs to be lowered on the way.
-    """
-    largest = tl.full((valid.shape[0], map.BLOCK), float("-inf"), tl.float32)
-    blocks: tl.constexpr = map.BLOCKS if FLAGGED else 1
-    for block in tl.range(0, blocks, num_stages=map.STAGES):
+    """The largest factor of each query (C,) of a flagged tile; a logarithm."""
+    largest = tl.full((valid.shape[0], map.PARTS * map.BLOCK), float("-inf"), tl.float32)
+    for block in tl.range(0, map.BLOCKS, num_stages=map.STAGES):
         weights = load_weights(map, block)
         u = project(q, batch, h, start, valid, given_q, weights, block, map, False)
+        anchor = load_shift(sums, index, block, None, map)
         if seen is not None:
             u_k = project(k, batch, of_key, first_key, kept, given_k, weights, block, map, False)
-        for part in tl.static_range(map.PARTS):
-            anchor = load_shift(sums, index, block, part, map)
-            if seen is not None:
-                anchor = anchor_of(
-                    encode(u_k, offset, kept, block, part, map, False), seen, anchor
-                )
-            p = encode(u, None, None, block, part, map, False)
-            largest = tl.maximum(largest, p + anchor[None, :])
+            anchor = anchor_of(encode_all(u_k, offset, kept, block, map), seen, anchor)
+        p = encode_all(u, None, None, block, map)
+        largest = tl.maximum(largest, p + anchor[None, :])
     return tl.max(largest, 1)
 
 
@@ -101,38 +95,39 @@ def look_up(
     """p S (C, M), p.z (C), the pairs p.kappa (C, CHUNK), and what p is relative to (C)."""
     C: tl.constexpr = valid.shape[0]
     top, bottom = tl.zeros((C, BLOCK_M), tl.float32), tl.zeros((C, map.BLOCK), tl.float32)
+    pairs = tl.zeros((C, kept.shape[0] if CAUSAL else 1), tl.float32)
     offsets = tl.zeros((C,), tl.float32)
-    if EXPONENTIAL:
+    if FLAGGED:
         offsets = largest(
             q, k, batch, h, of_key, start, first_key, valid, kept, given_q, given_k, offset, seen,
-            sums, index, map, FLAGGED,
+            sums, index, map,
         )  # fmt: skip
-    pairs = tl.zeros((C, kept.shape[0] if CAUSAL else 1), tl.float32)
     for block in range(0, map.BLOCKS):  # what else could be loaded early costs more than it gives
         weights = load_weights(map, block)
         u = project(q, batch, h, start, valid, given_q, weights, block, map, False)
         if CAUSAL:
             u_k = project(k, batch, of_key, first_key, kept, given_k, weights, block, map, False)
-        for part in tl.static_range(map.PARTS):
-            kv, z, shift = load_sums(sums, index, block, part, column, map, M, BLOCK_M)
-            p = encode(u, None, None, block, part, map, False)
+        kv, z, shift = load_sums(sums, index, block, None, column, map, M, BLOCK_M)
+        p = encode_all(u, None, None, block, map)
+        if CAUSAL:
+            kappa = encode_all(u_k, offset, kept, block, map)
+        if EXPONENTIAL:
+            anchor = shift
             if CAUSAL:
-                kappa = encode(u_k, offset, kept, block, part, map, False)
-            if EXPONENTIAL:
-                anchor = shift
-                if CAUSAL:
-                    if FLAGGED:
-                        anchor = anchor_of(kappa, seen, shift)
-                    kappa = tl.exp2(kappa - anchor[None, :])
-                p = tl.exp2(p + anchor[None, :] - offsets[:, None])
-            if CAUSAL:
-                kappa = tl.trans(operand(kappa, map))
-                pairs = tl.dot(operand(p, map), kappa, pairs, input_precision=map.PRECISION)
                 if FLAGGED:
-                    p *= tl.exp2(shift - anchor)[None, :]
-            kv = operand(kv, map)
-            top = tl.dot(operand(p, map), kv, top, input_precision=map.PRECISION)
-            bottom += p * z[None, :]
+                    anchor = anchor_of(kappa, seen, shift)
+                kappa = tl.exp2(kappa - anchor[None, :])
+            p += anchor[None, :]
+            if not FLAGGED:  # a branch would take more registers than this takes time
+                offsets = tl.where(block == 0, tl.max(p, 1), offsets)
+            p = tl.exp2(p - offsets[:, None])
+        if CAUSAL:
+            kappa = tl.trans(operand_all(kappa, map))
+            pairs = tl.dot(operand_all(p, map), kappa, pairs, input_precision=map.PRECISION)
+            if FLAGGED:
+                p *= tl.exp2(shift - anchor)[None, :]
+        top = tl.dot(operand_all(p, map), operand(kv, map), top, input_precision=map.PRECISION)
+        bottom += tl.sum(tl.reshape(p * z[None, :], (C, map.PARTS, map.BLOCK)), 1)
     return top, tl.sum(bottom, 1), pairs, offsets
 
 

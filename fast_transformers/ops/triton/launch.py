@@ -23,7 +23,7 @@ from ..kinds import KINDS, Formula
 from . import backward as backward_kernels
 from . import forward as forward_kernels
 from . import sums as sum_kernels
-from .maps import Gradient, Map, Rows
+from .maps import Map, Rows, rows
 from .plans import COLUMNS, WARPS, Plan, config, map_of, operand_of, plan, size_of, tf32
 from .scan import scan as scan_kernel
 from .sums import Sums
@@ -39,16 +39,11 @@ SHORTEST = 512  # rows of a segment
 MOST_KINDS = 512  # of calls that are remembered
 
 
-def rows(x: Tensor) -> Rows:
-    return Rows(x, *x.stride())
-
-
-def gradient(x: Tensor, u: Tensor | None) -> Gradient:
-    return Gradient(rows(x), None if u is None else rows(u))
-
-
 class Inputs(NamedTuple):
-    """Of one call. ``mask`` (N, S) is contiguous along S, ``mask_n`` its stride along N."""
+    """Of one call. ``mask`` (N, S) is contiguous along S, ``mask_n`` its stride along N.
+
+    Values are found with the ``whole_map``, all parts of a block at once, gradients with ``map``.
+    """
 
     q: Rows
     k: Rows
@@ -56,6 +51,7 @@ class Inputs(NamedTuple):
     mask: Tensor | None
     mask_n: int
     map: Map
+    whole_map: Map
     walk_map: Map
 
 
@@ -64,6 +60,7 @@ class Launch:
 
     Attributes:
         carried: whether the sums of a causal call stay in registers.
+        operand: dtype of the factors of products.
     """
 
     def __init__(
@@ -80,9 +77,11 @@ class Launch:
         operand, _ = operand_of(settings.kind, dtype)
         self.config = config(k[3], self.m, weights is not None, causal, operand)
         self.tile = min(COLUMNS, size_of(self.m))
-        self.map, self.dtype = map_of(
-            formula, k[3], dtype, self.config.block, self.config.stages[0]
-        )
+        of_rows = formula, k[3], dtype, self.config.block, self.config.stages[0]
+        self.map, self.dtype = map_of(*of_rows)
+        self.whole_map, _ = map_of(*of_rows, whole=True)
+        short = self.map.OPERAND.value == tl.bfloat16
+        self.operand = torch.bfloat16 if short else torch.float32
         self.walk_map, _ = map_of(
             formula, k[3], dtype, self.config.walk_block, self.config.stages[1]
         )
@@ -93,22 +92,22 @@ class Launch:
         # 4 warps for every 64 features; of 8 warps two programs fit on a multiprocessor
         wide = self.walk_map.BLOCK.value > 64
         self.walkers = dict(num_warps=2 * WARPS if wide else WARPS)
-        self.walkers["maxnreg"] = 128 if wide else self.config.registers[2]
+        self.walkers["maxnreg"] = 128 if wide else self.config.registers[3]
         self.carried = causal and not self.exponential and self.blocks == self.columns == 1
         self.compiled: dict[Any, tuple[Any, tuple[Any, ...]]] = {}
 
     def inputs(
         self, projection: Tensor | None, mask: Tensor | None, q: Tensor, k: Tensor, v: Tensor
     ) -> Inputs:
-        own, walk = self.map, self.walk_map
+        maps = self.map, self.whole_map, self.walk_map
         if projection is not None:
             weights = projection.to(self.dtype).contiguous()
-            own, walk = own._replace(weights=weights), walk._replace(weights=weights)
+            maps = (map._replace(weights=weights) for map in maps)
         mask_n = 0
         if mask is not None:
             mask = (mask if mask.stride(1) == 1 else mask.contiguous()).view(torch.uint8)
             mask_n = mask.stride(0)
-        return Inputs(rows(q), rows(k), rows(v), mask, mask_n, own, walk)
+        return Inputs(rows(q), rows(k), rows(v), mask, mask_n, *maps)
 
     def start(
         self, variant: Any, kernel: Any, grid: tuple[int, int, int], *args: Any, **options: Any
@@ -170,6 +169,10 @@ class Launch:
             self.empty(count, self.features) if self.exponential else None,
         )
 
+    def rounded(self, sums: Sums) -> Sums:
+        """Sums as factors of products, for programs that each read them whole."""
+        return sums._replace(kv=sums.kv.to(self.operand))
+
     def walk(
         self, kernel: Any, tensors: tuple[Any, ...], plan: Plan, heads: int, map: Map,
         start: Sums, end: Sums, store: bool,
@@ -177,8 +180,7 @@ class Launch:
         """Sums along all segments; those before every chunk, and their flags, if to ``store``."""
         prefix, flags = NOTHING, None
         if store:
-            operand = torch.bfloat16 if map.OPERAND.value == tl.bfloat16 else torch.float32
-            prefix = self.sums(plan.chunks * heads, operand)
+            prefix = self.sums(plan.chunks * heads, self.operand)
             if self.exponential:
                 flags = self.empty(plan.chunks * heads, dtype=torch.int8).zero_()
         self.start(
@@ -243,7 +245,7 @@ class Launch:
         options = self.options(
             BLOCK_M=size_of(self.m) if whole else self.tile, GROUPS=self.groups, C=size,
             EXPONENTIAL=self.exponential, CAUSAL=self.causal, num_stages=self.config.stages[0],
-            maxnreg=self.config.registers[which == 2],
+            maxnreg=self.config.registers[which],
         )  # fmt: skip
         tiles, columns = cut.total * self.q_heads, 1 if whole else self.columns
         if which == 0 and self.exponential and flags is None:
@@ -252,8 +254,8 @@ class Launch:
             programs = triton.cdiv(tiles, TILES.value) if flagged else tiles
             self.start(
                 (flagged, learned), kernel, (programs, columns, 1), *inputs[:5], length,
-                self.q_heads, cut.table, cut.parts, tiles, sums, flags, *tensors, inputs.map,
-                FLAGGED=flagged, **options,
+                self.q_heads, cut.table, cut.parts, tiles, sums, flags, *tensors,
+                inputs.map if which else inputs.whole_map, FLAGGED=flagged, **options,
             )  # fmt: skip
 
     def carry(

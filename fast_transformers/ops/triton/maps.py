@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from ..choose import INTERPRETED
 
@@ -33,6 +34,14 @@ class Gradient(NamedTuple):
 
     x: Rows
     u: Rows | None
+
+
+def rows(x: Tensor) -> Rows:
+    return Rows(x, *x.stride())
+
+
+def gradient(x: Tensor, u: Tensor | None) -> Gradient:
+    return Gradient(rows(x), None if u is None else rows(u))
 
 
 class Map(NamedTuple):
@@ -89,6 +98,17 @@ def operand(x, map):
             )
     else:
         x = x.to(map.OPERAND)
+    return x
+
+
+@triton.jit
+def operand_all(x, map):
+    """The same of all parts side by side, each by itself: pairs in a register are neighbours."""
+    if map.PARTS == 2:
+        first, second = apart(x)
+        x = beside(operand(first, map), operand(second, map))
+    else:
+        x = operand(x, map)
     return x
 
 
@@ -162,14 +182,43 @@ def offset_of(given, valid, map):
 
 
 @triton.jit
+def beside(x, y):
+    """(C, 2 D) of two tiles (C, D)."""
+    both = tl.permute(tl.join(x, y), (0, 2, 1))
+    return tl.reshape(both, (x.shape[0], 2 * x.shape[1]))
+
+
+@triton.jit
+def apart(x):
+    """The two tiles that are :func:`beside` each other."""
+    return tl.split(tl.permute(tl.reshape(x, (x.shape[0], 2, x.shape[1] // 2)), (0, 2, 1)))
+
+
+@triton.jit
 def features_at(block, part, map):
-    """Numbers (BLOCK,) of the features of a block, and whether they exist."""
-    d = tl.arange(0, map.BLOCK) + block * map.BLOCK
+    """Numbers of the features of a block, and whether they exist: (BLOCK,) of one part, or
+    (PARTS * BLOCK,) of all, without ``part``."""
+    if part is None:
+        d = tl.arange(0, map.PARTS * map.BLOCK)
+        part = d // map.BLOCK
+        d = d % map.BLOCK + block * map.BLOCK
+    else:
+        d = tl.arange(0, map.BLOCK) + block * map.BLOCK
     f, exists = d + part * map.PAIRS, d < map.PAIRS
     if map.F > map.PARTS * map.PAIRS:
         f = tl.where(d == map.PAIRS, map.F - 1, f)
         exists |= (d == map.PAIRS) & (part == 0)
     return f, exists
+
+
+@triton.jit
+def load_features(pointer, f, exists, other, map):
+    """Numbers (BLOCK,) of features, ``other`` where none exist; unmasked where all do."""
+    if map.F == map.PARTS * map.BLOCK * map.BLOCKS:
+        numbers = tl.load(pointer + f)
+    else:
+        numbers = tl.load(pointer + f, mask=exists, other=other)
+    return numbers
 
 
 @triton.jit
@@ -195,6 +244,15 @@ def encode(u, offset, valid, block, part, map, ACROSS: tl.constexpr):
         phi = tl.where(exists[:, None] if ACROSS else exists[None, :], phi, none)
     if valid is not None and map.KIND != "hyperbolic":
         phi = tl.where(valid[None, :] if ACROSS else valid[:, None], phi, none)
+    return phi
+
+
+@triton.jit
+def encode_all(u, offset, valid, block, map):
+    """The same (C, PARTS * BLOCK) of all parts."""
+    phi = encode(u, offset, valid, block, 0, map, False)
+    if map.PARTS == 2:
+        phi = beside(phi, encode(u, offset, valid, block, 1, map, False))
     return phi
 
 

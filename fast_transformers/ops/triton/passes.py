@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..call import Settings
 from . import backward, carried, forward, sums
-from .launch import NOTHING, Inputs, Launch, gradient, keeps, prepare, rows
+from .launch import NOTHING, Inputs, Launch, keeps, prepare
 from .learned import of_products, of_projection
+from .maps import gradient, rows
 from .plans import Plan
 from .sums import Sums
+
+MOST_BYTES = 300 * 2**20  # of sums of queries that are in memory together
 
 
 def attend(
@@ -35,6 +38,7 @@ def attend(
         call.carry(carried.attend_along, inputs, plan, length, start, final_of, *to)
         return out, final, norm, kept
     before, flags = _along_keys(call, inputs, k, cu_keys, state, final, causal, kept)
+    before = before if causal else call.rounded(before)
     call.each(forward.attend, inputs, n, length, cu, before, flags, *to, whole=False)
     return out, final, norm, kept
 
@@ -51,14 +55,13 @@ def differentiate(
     call = prepare(settings, causal, *shared, out, norm, *final, d_out, d_kv, d_z)
     inputs = call.inputs(projection, mask, q, k, v)
     n, length = q.shape[:2]
-    dq, dk, dv = torch.empty_like(q), _gradient(call, k), _gradient(call, v)
+    dq, numbers = torch.empty_like(q), call.empty(*norm.shape, 2)
     start, total = _seed(call, final, d_kv, d_z), NOTHING
     if state.kv is not None or not causal:
         total = call.sums(final.kv.shape[0] // call.heads * call.q_heads)
-    d_rows, numbers = rows(d_out), call.empty(*norm.shape, 2)
     du = of_products(call, q) if learned else None
-    to = d_rows, norm, numbers, rows(out), gradient(dq, du)
-    before, flags = final, None
+    to = rows(d_out), norm, numbers, rows(out), gradient(dq, du)
+    before, flags = None, None
     if call.carried:
         plan, start_keys, _ = _segments(call, inputs, n, length, cu, state, NOTHING, kept, True)
         kernel = carried.differentiate_queries_along
@@ -66,22 +69,77 @@ def differentiate(
     else:
         if causal:
             before, flags = _along_keys(call, inputs, k, cu_keys, state, NOTHING, True, kept, True)
+        else:
+            before = call.rounded(final)
         kernel = backward.differentiate_queries
         call.each(kernel, inputs, n, length, cu, before, flags, *to, learned=learned)
     d_projection = None if du is None else of_projection(call, q, None, du)
-    del before, to  # their memory serves what follows
-    plan = call.segments(n, length, call.q_heads, call.blocks * call.columns, cu)
-    walk = (inputs.q, d_rows, numbers, length), plan, call.q_heads, inputs.walk_map
-    after, flags = call.along(sums.walk_queries, *walk, start, total, causal)
-    du = of_products(call, k) if learned else None
-    tensors = after, flags, d_rows, numbers, gradient(dk, du), rows(dv)
-    size = k.shape[1]
-    call.each(backward.differentiate_keys, inputs, n, size, cu_keys, *tensors, learned=learned)
-    if du is not None:
-        d_projection = of_projection(call, k, mask, du).add_(d_projection).to(projection.dtype)
+    del before, to, du  # their memory serves what follows
+    dk, dv = _gradient(call, k), _gradient(call, v)
+    of_queries = q, d_out, numbers.transpose(1, 2), dk, dv
+    alone = start.kv is None and total.kv is None
+    for part in _portions(call, n, length, alone):
+        of_keys = part.of(mask, 0), part.of(k), part.of(v)
+        mine = (part.of(x, call.groups) for x in of_queries)
+        more = _differentiate_keys(
+            settings, causal, projection, *of_keys, *mine, start, total, cu, cu_keys, learned
+        )
+        d_projection = None if more is None else more.add_(d_projection)
+    if d_projection is not None:
+        d_projection = d_projection.to(projection.dtype)
     if call.groups > 1:
         dk, dv = (x.unflatten(2, (call.heads, -1)).sum(3).to(k.dtype) for x in (dk, dv))
     return dq, dk, dv, *_of_state(call, state, total), d_projection
+
+
+class _Portion(NamedTuple):
+    """Some sequences, or some key heads of one: what is in memory together."""
+
+    batch: slice
+    heads: slice
+
+    def of(self, x: Any, groups: int = 1) -> Any:
+        """The part of (N, length, H * groups, ...), or without ``groups`` of (N, length)."""
+        if x is None:
+            return None
+        h = self.heads
+        return x[self.batch, :, h.start * groups : h.stop * groups] if groups else x[self.batch]
+
+
+def _portions(call: Launch, n: int, length: int, alone: bool) -> list[_Portion]:
+    """So many that the sums after all chunks of one take MOST_BYTES.
+
+    Only calls without gradients of the sums themselves are cut, that stand ``alone``.
+    """
+    chunks = n * -(-length // call.config.chunk)
+    size = 2 * chunks * call.q_heads * call.features * call.m
+    count = -(-size // MOST_BYTES) if call.causal and alone else 1
+    if n > 1:
+        each = -(-n // count)
+        return [_Portion(slice(i, i + each), slice(0, call.heads)) for i in range(0, n, each)]
+    each = -(-call.heads // count)
+    starts = range(0, call.heads, each)
+    return [_Portion(slice(0, n), slice(h, min(h + each, call.heads))) for h in starts]
+
+
+def _differentiate_keys(
+    settings: Settings, causal: bool, projection: Tensor | None, mask: Tensor | None, k: Tensor,
+    v: Tensor, q: Tensor, d_out: Tensor, numbers: Tensor, dk: Tensor, dv: Tensor, start: Sums,
+    total: Sums, cu: Tensor | None, cu_keys: Tensor | None, learned: bool,
+) -> Tensor | None:  # fmt: skip
+    """Write the gradients of keys and values; that of a projection, as far as keys make it."""
+    call = prepare(settings, causal, projection, mask, q, k, v, *start, cu, cu_keys, d_out)
+    inputs, d_rows = call.inputs(projection, mask, q, k, v), rows(d_out)
+    (n, length), numbers = q.shape[:2], numbers.transpose(1, 2)
+    plan = call.segments(n, length, call.q_heads, call.blocks * call.columns, cu)
+    walk = (inputs.q, d_rows, numbers, length), plan, call.q_heads, inputs.walk_map
+    after, flags = call.along(sums.walk_queries, *walk, start, total, causal)
+    after = after if causal else call.rounded(after)
+    du = of_products(call, k) if learned else None
+    tensors = after, flags, d_rows, numbers, gradient(dk, du), rows(dv)
+    kernel, size = backward.differentiate_keys, k.shape[1]
+    call.each(kernel, inputs, n, size, cu_keys, *tensors, learned=learned)
+    return None if du is None else of_projection(call, k, mask, du)
 
 
 def _segments(

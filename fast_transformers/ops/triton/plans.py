@@ -21,12 +21,12 @@ class Config(NamedTuple):
     """Sizes of tiles and of their programs, chosen by measurements on an H200.
 
     Attributes:
-        block: directions that a program with rows of its own works on at a time.
+        block: features that a program with rows of its own works on at a time.
         walk_block: directions of a program that walks along a sequence.
         rows: of a program: queries for their values, queries for their gradients, and keys.
         chunk: rows between two stored sums, a multiple of ``rows`` in causal attention.
-        registers: most of them a thread, of programs with queries, of those with keys, and of
-            those that walk with 4 warps; None to leave it to the compiler.
+        registers: most of them a thread, of programs with rows of their own as in ``rows``, and
+            of those that walk with 4 warps; None to leave it to the compiler.
         stages: of loops over features, and of those along a sequence. With one stage Triton 3.6
             makes kernels that fault now and then.
         programs: segments are made until there are that many.
@@ -36,7 +36,7 @@ class Config(NamedTuple):
     walk_block: int
     rows: tuple[int, int, int]
     chunk: int
-    registers: tuple[int | None, int | None, int | None]
+    registers: tuple[int | None, int | None, int | None, int | None]
     stages: tuple[int, int]
     programs: int
 
@@ -44,15 +44,15 @@ class Config(NamedTuple):
 WARPS = 4
 COLUMNS = 64  # value dimensions of a program, where they can be worked on apart
 # factors of 32 bits
-PRECISE = Config(32, 32, (32, 32, 32), 64, (None, None, None), (2, 2), 1024)
+PRECISE = Config(32, 32, (32, 32, 32), 64, (None,) * 4, (2, 2), 1024)
 # as much as two stages of a program with more than 128 dimensions may hold
-WIDE = Config(32, 32, (32, 32, 32), 64, (None, None, None), (2, 2), 1024)
+WIDE = Config(32, 32, (32, 32, 32), 64, (None,) * 4, (2, 2), 1024)
 # whether maps multiply by weights, and whether attention is causal
 SHORT = {
-    (True, True): Config(32, 128, (64, 64, 64), 64, (168, None, 168), (3, 3), 264),
-    (True, False): Config(32, 128, (128, 64, 64), 64, (168, 168, 168), (3, 3), 264),
-    (False, True): Config(64, 64, (64, 64, 64), 64, (128, 128, None), (2, 3), 256),
-    (False, False): Config(64, 64, (64, 128, 64), 128, (None, None, None), (2, 3), 512),
+    (True, True): Config(32, 128, (64, 64, 64), 64, (128, 168, None, 168), (3, 3), 264),
+    (True, False): Config(32, 128, (128, 64, 64), 64, (168,) * 4, (3, 3), 264),
+    (False, True): Config(64, 64, (64, 64, 64), 64, (128, 128, 128, None), (2, 3), 256),
+    (False, False): Config(64, 64, (64, 128, 64), 128, (None,) * 4, (2, 3), 256),
 }
 
 
@@ -84,9 +84,12 @@ def size_of(n: int) -> int:
 
 
 def map_of(
-    formula: Formula, dims: int, dtype: torch.dtype, block: int, stages: int
+    formula: Formula, dims: int, dtype: torch.dtype, block: int, stages: int, whole: bool = False
 ) -> tuple[Map, torch.dtype]:
-    """The map of inputs (..., dims) of a dtype, without its weights, and their dtype."""
+    """The map of inputs (..., dims) of a dtype, without its weights, and their dtype.
+
+    Blocks are of so many features of one part, or of all parts together if they are ``whole``.
+    """
     kind, features = formula.kind, KINDS[formula.kind].width(formula, dims)
     scale, back, first, second = 1.0, 1.0, 0.0, 0.0
     name, function, parts, pairs = "elementwise", kind, 1, features
@@ -108,7 +111,7 @@ def map_of(
         name = kind
     value, slope = functions_of(function)
     directions = pairs + (features > parts * pairs)
-    block = min(block, size_of(directions))
+    block = min(block // parts if whole else block, size_of(directions))
     constants = (
         name, value, slope, dims, features, size_of(dims), parts, pairs, block,
         triton.cdiv(directions, block),

@@ -15,6 +15,7 @@ import triton.language as tl
 from .maps import (
     encode,
     features_at,
+    load_features,
     load_given,
     load_rows,
     load_weights,
@@ -65,24 +66,28 @@ def first_of(index, map):
 
 @triton.jit
 def load_shift(sums, index, block, part, map):
-    shift = tl.full((map.BLOCK,), LOWEST, tl.float32)
+    f, exists = features_at(block, part, map)
+    shift = tl.full(f.shape, LOWEST, tl.float32)
     if sums.shift is not None:
-        f, exists = features_at(block, part, map)
-        shift = tl.load(sums.shift + first_of(index, map) + f, mask=exists, other=LOWEST)
+        shift = load_features(sums.shift + first_of(index, map), f, exists, LOWEST, map)
     return shift
 
 
 @triton.jit
 def load_sums(sums, index, block, part, column, map, M: tl.constexpr, BLOCK_M: tl.constexpr):
-    """S (BLOCK, BLOCK_M), z and shift (BLOCK); those before the first key without any."""
-    kv, z = tl.zeros((map.BLOCK, BLOCK_M), tl.float32), tl.zeros((map.BLOCK,), tl.float32)
+    """S (BLOCK, BLOCK_M), z and shift (BLOCK) of features, see ``maps.features_at``; those before
+    the first key without any."""
+    f, exists = features_at(block, part, map)
+    kv, z = tl.zeros((f.shape[0], BLOCK_M), tl.float32), tl.zeros(f.shape, tl.float32)
     if sums.kv is not None:
-        f, exists = features_at(block, part, map)
         m = column * BLOCK_M + tl.arange(0, BLOCK_M)
         first = first_of(index, map)
-        inside = exists[:, None] & (m < M)[None, :]
-        kv = tl.load(sums.kv + first * M + (f[:, None] * M + m[None, :]), mask=inside, other=0.0)
-        z = tl.load(sums.z + first + f, mask=exists, other=0.0)
+        at = sums.kv + first * M + (f[:, None] * M + m[None, :])
+        if map.F == map.PARTS * map.BLOCK * map.BLOCKS and M % BLOCK_M == 0:
+            kv = tl.load(at)
+        else:
+            kv = tl.load(at, mask=exists[:, None] & (m < M)[None, :], other=0.0)
+        z = load_features(sums.z + first, f, exists, 0.0, map)
     return kv, z, load_shift(sums, index, block, part, map)
 
 
