@@ -50,7 +50,7 @@ WIDE = Config(32, 32, (32, 32, 32), 64, (None,) * 4, (2, 2), 1024)
 # whether maps multiply by weights, and whether attention is causal
 SHORT = {
     (True, True): Config(32, 128, (64, 64, 64), 64, (128, 168, None, 168), (3, 3), 264),
-    (True, False): Config(32, 128, (128, 64, 64), 64, (168,) * 4, (3, 3), 264),
+    (True, False): Config(32, 128, (128, 64, 64), 64, (168, 128, 168, 168), (3, 3), 264),
     (False, True): Config(64, 64, (64, 64, 64), 64, (128, 128, 128, None), (2, 3), 256),
     (False, False): Config(64, 64, (64, 128, 64), 128, (None,) * 4, (2, 3), 256),
 }
