@@ -169,22 +169,23 @@ class Launch:
             self.empty(count, self.features) if self.exponential else None,
         )
 
-    def rounded(self, sums: Sums) -> Sums:
-        """Sums as factors of products, for programs that each read them whole."""
+    def factors(self, sums: Sums) -> Sums:
+        """Sums for programs that each read them whole, only to multiply by them."""
         return sums._replace(kv=sums.kv.to(self.operand))
 
     def walk(
         self, kernel: Any, tensors: tuple[Any, ...], plan: Plan, heads: int, map: Map,
-        start: Sums, end: Sums, store: bool,
+        start: Sums, end: Sums, store: bool, prefix: Sums = NOTHING,
     ) -> tuple[Sums, Tensor | None]:  # fmt: skip
-        """Sums along all segments; those before every chunk, and their flags, if to ``store``."""
-        prefix, flags = NOTHING, None
+        """Sums along all segments, to ``end`` and as factors to ``prefix``, or if to ``store``
+        those before every chunk, and their flags."""
+        flags = None
         if store:
             prefix = self.sums(plan.chunks * heads, self.operand)
             if self.exponential:
                 flags = self.empty(plan.chunks * heads, dtype=torch.int8).zero_()
         self.start(
-            (store, start.kv is None, end.kv is None), kernel,
+            (store, start.kv is None, end.kv is None, prefix.kv is None), kernel,
             (plan.total * heads, self.blocks, self.columns),
             *tensors, heads, plan.table, plan.parts, plan.size, start, prefix, flags, end, map,
             **self.options(
@@ -208,13 +209,15 @@ class Launch:
         self, kernel: Any, tensors: tuple[Any, ...], plan: Plan, heads: int, map: Map,
         start: Sums, end: Sums, store: bool, parts: Sums | None = None,
     ) -> tuple[Sums, Tensor | None]:  # fmt: skip
-        """Sums along whole sequences, from ``start`` to ``end``; ``parts`` see ``before``."""
+        """Sums along whole sequences, from ``start`` to ``end``; ``parts`` see ``before``. Those
+        before every chunk and their flags, if to ``store``, or the last as factors."""
         if not store:
-            if plan.table is None and plan.parts == 1:
-                self.walk(kernel, tensors, plan, heads, map, start, end, False)
-            else:
+            if plan.table is not None or plan.parts > 1:
                 self.before(kernel, tensors, plan, heads, map, start, end)
-            return end, None
+                return self.factors(end), None
+            factors = end._replace(kv=torch.empty_like(end.kv, dtype=self.operand))
+            self.walk(kernel, tensors, plan, heads, map, start, end, False, factors)
+            return factors, None
         if plan.parts > 1:
             start, end = self.before(kernel, tensors, plan, heads, map, start, end, parts), NOTHING
         return self.walk(kernel, tensors, plan, heads, map, start, end, True)

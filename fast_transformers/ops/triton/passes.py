@@ -38,7 +38,6 @@ def attend(
         call.carry(carried.attend_along, inputs, plan, length, start, final_of, *to)
         return out, final, norm, kept
     before, flags = _along_keys(call, inputs, k, cu_keys, state, final, causal, kept)
-    before = before if causal else call.rounded(before)
     call.each(forward.attend, inputs, n, length, cu, before, flags, *to, whole=False)
     return out, final, norm, kept
 
@@ -70,7 +69,7 @@ def differentiate(
         if causal:
             before, flags = _along_keys(call, inputs, k, cu_keys, state, NOTHING, True, kept, True)
         else:
-            before = call.rounded(final)
+            before = call.factors(final)
         kernel = backward.differentiate_queries
         call.each(kernel, inputs, n, length, cu, before, flags, *to, learned=learned)
     d_projection = None if du is None else of_projection(call, q, None, du)
@@ -134,7 +133,6 @@ def _differentiate_keys(
     plan = call.segments(n, length, call.q_heads, call.blocks * call.columns, cu)
     walk = (inputs.q, d_rows, numbers, length), plan, call.q_heads, inputs.walk_map
     after, flags = call.along(sums.walk_queries, *walk, start, total, causal)
-    after = after if causal else call.rounded(after)
     du = of_products(call, k) if learned else None
     tensors = after, flags, d_rows, numbers, gradient(dk, du), rows(dv)
     kernel, size = backward.differentiate_keys, k.shape[1]

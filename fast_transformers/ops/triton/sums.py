@@ -215,8 +215,10 @@ def walk_keys(
     M: tl.constexpr, BLOCK_M: tl.constexpr, CHUNK: tl.constexpr, EXPONENTIAL: tl.constexpr,
     STORE: tl.constexpr,
 ):  # fmt: skip
-    """Along the keys of a segment, from ``start_sums`` to ``end_sums`` (both of the segment), with
-    STORE by way of those before every chunk."""
+    """Along the keys of a segment, from ``start_sums`` to ``end_sums`` (both of the segment).
+
+    With STORE ``prefix`` takes those before every chunk, otherwise the last, as ``end_sums``.
+    """
     pid, column = tl.program_id(0), tl.program_id(2)
     block, part = tl.program_id(1) // map.PARTS, tl.program_id(1) % map.PARTS
     h = pid % heads
@@ -241,6 +243,8 @@ def walk_keys(
         )  # fmt: skip
     if end_sums.kv is not None:
         store_sums(end_sums, pid, block, part, column, kv, z, shift, map, M)
+        if not STORE and prefix.kv is not None:
+            store_sums(prefix, pid, block, part, column, kv, z, shift, map, M)
 
 
 @triton.jit(do_not_specialize=["length", "heads", "parts", "size"])
@@ -281,3 +285,5 @@ def walk_queries(
         )  # fmt: skip
     if end_sums.kv is not None:
         store_sums(end_sums, pid, block, part, column, kv, z, shift, map, M)
+        if not STORE and prefix.kv is not None:
+            store_sums(prefix, pid, block, part, column, kv, z, shift, map, M)
