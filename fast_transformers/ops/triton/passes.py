@@ -92,33 +92,36 @@ def differentiate(
 
 
 class _Portion(NamedTuple):
-    """Some sequences, or some key heads of one: what is in memory together."""
+    """Some sequences, or some key heads of one; None for all."""
 
-    batch: slice
-    heads: slice
+    batch: slice | None = None
+    heads: slice | None = None
 
     def of(self, x: Any, groups: int = 1) -> Any:
         """The part of (N, length, H * groups, ...), or without ``groups`` of (N, length)."""
         if x is None:
             return None
-        h = self.heads
-        return x[self.batch, :, h.start * groups : h.stop * groups] if groups else x[self.batch]
+        if self.heads is not None and groups:
+            return x[:, :, self.heads.start * groups : self.heads.stop * groups]
+        return x if self.batch is None else x[self.batch]
 
 
 def _portions(call: Launch, n: int, length: int, alone: bool) -> list[_Portion]:
-    """So many that the sums after all chunks of one take MOST_BYTES.
+    """What is worked on together: the sums after all its chunks take MOST_BYTES, or little more.
 
     Only calls without gradients of the sums themselves are cut, that stand ``alone``.
     """
     chunks = n * -(-length // call.config.chunk)
-    size = 2 * chunks * call.q_heads * call.features * call.m
-    count = -(-size // MOST_BYTES) if call.causal and alone else 1
+    size = chunks * call.q_heads * call.features * call.m * call.operand.itemsize
+    if size <= MOST_BYTES or not (call.causal and alone):
+        return [_Portion()]
+    count = -(-size // MOST_BYTES)
     if n > 1:
         each = -(-n // count)
-        return [_Portion(slice(i, i + each), slice(0, call.heads)) for i in range(0, n, each)]
+        return [_Portion(batch=slice(i, i + each)) for i in range(0, n, each)]
     each = -(-call.heads // count)
     starts = range(0, call.heads, each)
-    return [_Portion(slice(0, n), slice(h, min(h + each, call.heads))) for h in starts]
+    return [_Portion(heads=slice(h, min(h + each, call.heads))) for h in starts]
 
 
 def _differentiate_keys(

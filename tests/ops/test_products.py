@@ -1,0 +1,39 @@
+"""Products of many rows with weights, by either library."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from fast_transformers.ops import products
+
+ROWS: dict[str, Callable[[Tensor], Tensor]] = {
+    "rows": lambda x: x[0, 0],
+    "heads": lambda x: x,
+    "slice of a sequence": lambda x: x.transpose(1, 2),
+    "some heads of it": lambda x: x[:, :, :2].transpose(1, 2),
+    "few": lambda x: x[0, 0, :1],
+    "none": lambda x: x[:, :0],
+}
+WEIGHTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "contiguous": lambda w: w,
+    "transposed": lambda w: w.mT.contiguous().mT,
+    "a part": lambda w: torch.cat([w, w], 1)[:, : w.shape[1]],
+}
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="PyTorch without oneDNN")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("weights", WEIGHTS)
+@pytest.mark.parametrize("rows", ROWS)
+def test_product(rows, weights, dtype, monkeypatch) -> None:
+    monkeypatch.setattr(products, "_onednn_is_faster", lambda: True)
+    generator = torch.Generator().manual_seed(0)
+    x = ROWS[rows](torch.randn(2, 3, 300, 5, dtype=dtype, generator=generator))
+    w = WEIGHTS[weights](torch.randn(5, 7, dtype=dtype, generator=generator))
+    found = products.product(x, w)
+    assert found.dtype == dtype
+    torch.testing.assert_close(found, x @ w)
