@@ -10,7 +10,7 @@ import pytest
 import torch
 
 pytest.importorskip("tabulate")
-from benchmarks import generation, images, streaming
+from benchmarks import generation, images, streaming, tables
 from benchmarks.__main__ import main
 
 FORM = "graph" if torch.cuda.is_available() else "plain"
@@ -57,7 +57,7 @@ def test_images(monkeypatch, capsys, tmp_path) -> None:
     for row in ("linear (elu+1), ours", "softmax with a cache, here", "linear, paper"):
         assert table.count(f"| {row} ") == 2
     best = max(r["rate"] for r in rates if (r["shape"], r["attention"]) == ("MNIST", "linear"))
-    assert f"| {best:,.3g} [" in table
+    assert f"| {tables.number(best)} [" in table
     path.with_suffix(".md").unlink()
     assert command(monkeypatch, capsys, "report", path)[0] == 0
     assert path.with_suffix(".md").read_text() == table

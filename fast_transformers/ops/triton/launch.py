@@ -77,14 +77,12 @@ class Launch:
         operand, _ = operand_of(settings.kind, dtype)
         self.config = config(k[3], self.m, weights is not None, causal, operand)
         self.tile = min(COLUMNS, size_of(self.m))
-        of_rows = formula, k[3], dtype, self.config.block, self.config.stages[0]
-        self.map, self.dtype = map_of(*of_rows)
-        self.whole_map, _ = map_of(*of_rows, whole=True)
+        inputs, of_rows = (formula, k[3], dtype), (self.config.block, self.config.stages[0])
+        self.map, self.dtype = map_of(*inputs, *of_rows)
+        self.whole_map, _ = map_of(*inputs, *of_rows, whole=True)
+        self.walk_map, _ = map_of(*inputs, self.config.walk_block, self.config.stages[1])
         short = self.map.OPERAND.value == tl.bfloat16
         self.operand = torch.bfloat16 if short else torch.float32
-        self.walk_map, _ = map_of(
-            formula, k[3], dtype, self.config.walk_block, self.config.stages[1]
-        )
         self.heads, self.q_heads = k[2], q[2]
         self.groups = self.q_heads // self.heads
         self.columns = triton.cdiv(self.m, self.tile)
