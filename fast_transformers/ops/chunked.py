@@ -98,11 +98,11 @@ class Kept(NamedTuple):
 
 
 def spacing(call: Call, inputs: Inputs, features: int) -> int:
-    """K, the tokens between two kept states: so many that these take a twelfth of the memory of
+    """K, the tokens between two kept states: so many that these take a fourteenth of the memory of
     output and gradients, or less. Between them the sums are taken again in the backward pass."""
     e, m, chunk = inputs.q.shape[-1], inputs.v.shape[-1], call.settings.chunk
     block = max(BLOCK // chunk, 1) * chunk if chunk else BLOCK
-    return -(-6 * features * m // (max(e + m, 1) * block)) * block or block
+    return -(-7 * features * m // (max(e + m, 1) * block)) * block or block
 
 
 def intervals(length: int, every: int) -> list[slice]:
