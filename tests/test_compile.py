@@ -23,11 +23,8 @@ from fast_transformers.masking import LengthMask, TriangularCausalMask
 from tests.maps import ALL
 
 MAPS = {**ALL, "relu": ActivationFunctionFeatureMap.factory(torch.relu)}
-# dynamo itself makes an instance of an autograd function, and inductor uses torch.jit
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:.*should not be instantiated:DeprecationWarning",
-    "ignore:.*script_method:DeprecationWarning",
-)
+# dynamo itself makes an instance of an autograd function
+pytestmark = pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 NEEDS_A_COMPILER = pytest.mark.skipif(not shutil.which("g++"), reason="inductor needs g++")
 SIZES: dict[str, Any] = {
     "n_layers": 1,

@@ -19,9 +19,6 @@ from fast_transformers.stepper import Stepper
 from tests.test_stepper import FIXED
 from tests.test_streaming import SIZES, L, N, S, twins
 
-# inductor uses torch.jit
-pytestmark = pytest.mark.filterwarnings("ignore:.*script_method:DeprecationWarning")
-
 
 @pytest.fixture
 def compiler(monkeypatch):

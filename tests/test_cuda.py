@@ -136,6 +136,7 @@ def test_a_state_goes_on_in_every_mode(attention, dtype, tmp_path) -> None:
         torch.testing.assert_close(outputs[i], alone[0, n:], rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode:UserWarning")
 @pytest.mark.parametrize("name", ["elu", "favor"])
 @pytest.mark.parametrize("attention", ["linear", "causal-linear"])
 def test_training_never_waits_for_the_gpu(attention, name) -> None:

@@ -161,6 +161,18 @@ def test_queries_far_from_the_first_directions(function) -> None:
     check(attend, [q, k, v], log_size=logs)
 
 
+@pytest.mark.parametrize("times", [1.0, 1.3, 1.7])
+def test_a_key_far_from_the_others(times) -> None:
+    """Its |x|^2/2 is up to 2^130 from theirs, and yet its largest feature is among the largest."""
+    favor = Favor(64, n_dims=32, generator=3).to(DEVICE)
+    q, k, v = make(131, H=1, E=64)
+    k[:, [5, 100]] = times * favor.omega[:, 7] * 64**0.25
+    q[:, 20] = k[:, 5] / 8
+    logs = float(favor.log_keys(k).abs().max())
+    attend = partial(FUNCTIONS["causal"], features=features_of(favor))
+    check(attend, [q, k, v], log_size=logs)
+
+
 def with_state(function: Callable[..., ops.Attended], state: LinearState, **options: Any) -> Any:
     """A function of queries, keys, values, and the sums of a state before them."""
 

@@ -16,7 +16,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .forward import anchor_of, first_far
 from .maps import (
     encode,
     load_given,
@@ -29,6 +28,7 @@ from .maps import (
     slope,
     store_rows,
 )
+from .relative import anchor_of, first_far
 from .sums import INFINITY, at_row, is_kept, load_numbers, load_sums, store_numbers
 from .tiles import flagged_tiles, is_flagged, place, values_of
 
@@ -162,7 +162,7 @@ def write_dk_dv(
 ):  # fmt: skip
     """Store the gradients of the keys and values ``now``."""
     C: tl.constexpr = kept.shape[0]
-    dx, total = tl.zeros((C, map.BLOCK_E), tl.float32), tl.zeros((C,), tl.float32)
+    dx, total = tl.zeros((C, map.BLOCK_E), tl.float32), tl.zeros((C, 8), tl.float32)
     d_values = tl.zeros((C, BLOCK_M), tl.float32)
     weighted = tl.zeros((C, valid.shape[0] if CAUSAL else 1), tl.float32)
     for block in tl.range(0, map.BLOCKS, num_stages=map.STAGES):
@@ -201,9 +201,10 @@ def write_dk_dv(
                     factors = operand(kappa * tl.exp2(shift - anchor)[None, :], map)
             d_values = tl.dot(factors, kv, d_values, input_precision=map.PRECISION)
             if map.KIND == "hyperbolic":
-                total += tl.sum(da, 1)
+                total += tl.sum(tl.reshape(da, (C, map.BLOCK // 8, 8)), 1)  # no shuffles yet
             du += slope(da, u, part, map)
-        du = tl.where(kept[:, None], du, 0.0)
+        if not EXPONENTIAL:  # whose kappa is 0
+            du = tl.where(kept[:, None], du, 0.0)
         dx = pull_back(dx, dk, du, batch, h, start, now, weights, block, map)
     if CAUSAL:
         weighted = operand(tl.where(later, weighted, 0.0), map)
@@ -212,7 +213,7 @@ def write_dk_dv(
     if map.weights is not None:
         dx *= map.back
         if map.KIND == "hyperbolic":
-            dx -= (map.back * map.back * total)[:, None] * given_k.to(tl.float32)
+            dx -= (map.back * map.back * tl.sum(total, 1))[:, None] * given_k.to(tl.float32)
         store_rows(dk.x, dx, batch, h, start, now, 0, map.E)
 
 

@@ -16,6 +16,7 @@ from .maps import (
     load_given,
     load_rows,
     load_weights,
+    once,
     operand,
     project,
     pull_back,
@@ -68,6 +69,7 @@ def attend_along(
         phi_k, _u = features_of(k, batch, of_key, start, kept, kept, weights, map)
         values = load_rows(v, batch, of_key, start, kept, 0, M, BLOCK_M)
         values = values.to(map.OPERAND)
+        phi_q, phi_k = once(phi_q), once(phi_k)
         factors, kappa = operand(phi_q, map), operand(phi_k, map)
         pairs = tl.dot(factors, tl.trans(kappa), input_precision=map.PRECISION)
         pairs = tl.where(r[:, None] >= r[None, :], pairs, 0.0)

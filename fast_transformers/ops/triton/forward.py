@@ -5,9 +5,10 @@
 with the sums S, z over the keys before the chunk, and the factors p of queries and kappa of
 keys. A program goes through the features of one block of queries, block by block; they are
 never all there. Exponential features: kappa is at most 2^SLACK relative to the shift of the
-sums, which every query of the chunk has seen; p is also relative to the largest factor of its
-query in the first block of features, which may be exceeded by far: then the denominator is huge
-and the tile is flagged, to be worked on again relative to the largest factor of all.
+sums, which every query of the chunk has seen; p is relative to the base (see :mod:`.relative`) or
+to the largest factor of its query in the first block of features. Either may be exceeded by far:
+then the denominator is out of range and the tile is flagged, to be worked on again relative to the
+largest factor of all.
 """
 
 from __future__ import annotations
@@ -16,54 +17,20 @@ import triton
 import triton.language as tl
 
 from .maps import (
+    beside,
     encode,
     encode_all,
     load_given,
     load_weights,
     offset_of,
+    once,
     operand,
-    operand_all,
     project,
     store_rows,
 )
-from .sums import SLACK, at_row, load_shift, load_sums
+from .relative import anchor_of, base_of, first_far, flag_far, within
+from .sums import at_row, load_kv, load_shift, load_z
 from .tiles import flagged_tiles, is_flagged, place, values_of
-
-MOST = tl.constexpr(2.0**90)  # of a denominator; what is above the fraction line is as large
-
-
-@triton.jit
-def anchor_of(a, seen, shift):
-    """The shift that includes the rows which are ``seen`` (C,) of features a (C, BLOCK)."""
-    return tl.maximum(shift, tl.max(tl.where(seen[:, None], a, float("-inf")), 0))
-
-
-@triton.jit
-def first_far(
-    x, n, h, start, valid, given, offset, norms, seen, sums, index, map, BACK: tl.constexpr
-):
-    """Bounds of the rows that can share a shift that includes the rows ``seen`` by all of them.
-
-    The others exceed it by more than SLACK; forward or BACK, up to the next of those.
-    """
-    r = tl.arange(0, valid.shape[0])
-    bound = tl.full((valid.shape[0],), -1 if BACK else valid.shape[0], tl.int32)
-    for block in tl.range(0, map.BLOCKS, num_stages=map.STAGES):
-        weights = load_weights(map, block)
-        u = project(x, n, h, start, valid, given, weights, block, map, False)
-        for part in tl.static_range(map.PARTS):
-            shift = load_shift(sums, index, block, part, map)
-            if BACK:
-                a = encode(u, None, None, block, part, map, False) - norms[:, None]
-            else:
-                a = encode(u, offset, valid, block, part, map, False)
-            anchor = anchor_of(a, seen, shift)
-            far = (tl.max(a - anchor[None, :], 1) > SLACK) & ~seen
-            if BACK:
-                bound = tl.maximum(bound, tl.where(far, r, -1))
-            else:
-                bound = tl.minimum(bound, tl.where(far, r, valid.shape[0]))
-    return tl.max(bound, 0) + 1 if BACK else tl.min(bound, 0)
 
 
 @triton.jit
@@ -86,48 +53,90 @@ def largest(
 
 
 @triton.jit
+def factors_of(
+    u, u_k, offset, kept, seen, offsets, base, sums, index, block, part: tl.constexpr, map,
+    EXPONENTIAL: tl.constexpr, CAUSAL: tl.constexpr, FLAGGED: tl.constexpr,
+):  # fmt: skip
+    """Of one part of a block: p for the pairs and for the sums, kappa, p z, and the offsets."""
+    z = load_z(sums, index, block, part, map)
+    p = encode(u, None, None, block, part, map, False)
+    if base is not None:
+        offset, kept = None, None
+    if CAUSAL:
+        kappa = encode(u_k, offset, kept, block, part, map, False)
+    if EXPONENTIAL:
+        shift = load_shift(sums, index, block, part, map)
+        anchor = shift if base is None else shift - base
+        if CAUSAL:
+            if FLAGGED:
+                anchor = anchor_of(kappa, seen, shift)
+            kappa = tl.exp2(kappa - anchor[None, :])
+        p += anchor[None, :]
+        if base is None:
+            if not FLAGGED:  # a branch would take more registers than this takes time
+                offsets = tl.where(block == 0, tl.max(p, 1), offsets)
+            p -= offsets[:, None]
+        p = tl.exp2(p)
+    else:
+        p = once(p)
+    factors = operand(p, map)
+    below, kappa = factors, operand(kappa, map) if CAUSAL else factors
+    if CAUSAL:
+        if FLAGGED:
+            p *= tl.exp2(shift - anchor)[None, :]
+            below = operand(p, map)
+    return factors, below, kappa, below.to(tl.float32) * z[None, :], offsets
+
+
+@triton.jit
 def look_up(
     q, k, batch, h, of_key, start, first_key, valid, kept, given_q, given_k, offset, seen, sums,
-    index, column, map,
+    index, column, flag, map,
     M: tl.constexpr, BLOCK_M: tl.constexpr, EXPONENTIAL: tl.constexpr, CAUSAL: tl.constexpr,
     FLAGGED: tl.constexpr,
 ):  # fmt: skip
-    """p S (C, M), p.z (C), the pairs p.kappa (C, CHUNK), and what p is relative to (C)."""
+    """p S (C, M), p.z (C), the pairs p.kappa (C, CHUNK), and what p is relative to (C).
+
+    Set the ``flag`` if keys are too far from the base."""
     C: tl.constexpr = valid.shape[0]
     top, bottom = tl.zeros((C, BLOCK_M), tl.float32), tl.zeros((C, map.BLOCK), tl.float32)
     pairs = tl.zeros((C, kept.shape[0] if CAUSAL else 1), tl.float32)
     offsets = tl.zeros((C,), tl.float32)
+    base = base_of(sums, index, map) if map.KIND == "hyperbolic" and not FLAGGED else None
     if FLAGGED:
         offsets = largest(
             q, k, batch, h, of_key, start, first_key, valid, kept, given_q, given_k, offset, seen,
             sums, index, map,
         )  # fmt: skip
-    for block in range(0, map.BLOCKS):  # what else could be loaded early costs more than it gives
+    for block in tl.range(0, map.BLOCKS, num_stages=map.STAGES):
         weights = load_weights(map, block)
         u = project(q, batch, h, start, valid, given_q, weights, block, map, False)
+        u_k = None
         if CAUSAL:
             u_k = project(k, batch, of_key, first_key, kept, given_k, weights, block, map, False)
-        kv, z, shift = load_sums(sums, index, block, None, column, map, M, BLOCK_M)
-        p = encode_all(u, None, None, block, map)
-        if CAUSAL:
-            kappa = encode_all(u_k, offset, kept, block, map)
-        if EXPONENTIAL:
-            anchor = shift
+        kv = operand(load_kv(sums, index, block, None, column, map, M, BLOCK_M), map)
+        p, below, kappa, more, offsets = factors_of(
+            u, u_k, offset, kept, seen, offsets, base, sums, index, block, 0, map, EXPONENTIAL,
+            CAUSAL, FLAGGED,
+        )  # fmt: skip
+        bottom += more
+        if map.PARTS == 2:
+            p_1, below_1, kappa_1, more, offsets = factors_of(
+                u, u_k, offset, kept, seen, offsets, base, sums, index, block, 1, map,
+                EXPONENTIAL, CAUSAL, FLAGGED,
+            )  # fmt: skip
+            bottom += more
+            p, below = beside(p, p_1), beside(below, below_1)
             if CAUSAL:
-                if FLAGGED:
-                    anchor = anchor_of(kappa, seen, shift)
-                kappa = tl.exp2(kappa - anchor[None, :])
-            p += anchor[None, :]
-            if not FLAGGED:  # a branch would take more registers than this takes time
-                offsets = tl.where(block == 0, tl.max(p, 1), offsets)
-            p = tl.exp2(p - offsets[:, None])
+                kappa = beside(kappa, kappa_1)
         if CAUSAL:
-            kappa = tl.trans(operand_all(kappa, map))
-            pairs = tl.dot(operand_all(p, map), kappa, pairs, input_precision=map.PRECISION)
-            if FLAGGED:
-                p *= tl.exp2(shift - anchor)[None, :]
-        top = tl.dot(operand_all(p, map), operand(kv, map), top, input_precision=map.PRECISION)
-        bottom += tl.sum(tl.reshape(p * z[None, :], (C, map.PARTS, map.BLOCK)), 1)
+            pairs = tl.dot(p, tl.trans(kappa), pairs, input_precision=map.PRECISION)
+        top = tl.dot(below, kv, top, input_precision=map.PRECISION)
+    if base is not None:
+        offsets += base
+        if CAUSAL:
+            flag_far(flag, offset - base, kept)
+            pairs *= tl.exp2(offset - base)[None, :]
     return top, tl.sum(bottom, 1), pairs, offsets
 
 
@@ -149,7 +158,7 @@ def write(
     if not EXPONENTIAL:
         bottom += eps
     if flag is not None:
-        tl.store(flag + tl.zeros(bottom.shape, tl.int32), 1, valid & ~(bottom <= MOST))
+        tl.store(flag + tl.zeros(bottom.shape, tl.int32), 1, valid & ~within(bottom, offsets, map))
     none = bottom == 0.0
     bottom = tl.where(none, 1.0, bottom)
     inverse = tl.where(none, 0.0, 1.0 / bottom)
@@ -199,7 +208,8 @@ def attend_tile(
             ) - ahead  # fmt: skip
             top, bottom, pairs, offsets = look_up(
                 q, k, batch, h, of_key, start, first_key, valid, kept, given_q, given_k,
-                offset, seen, sums, index, column, map, M, BLOCK_M, EXPONENTIAL, CAUSAL, True,
+                offset, seen, sums, index, column, None, map, M, BLOCK_M, EXPONENTIAL, CAUSAL,
+                True,
             )  # fmt: skip
             now = valid & (r >= low) & (r < high)
             write(
@@ -210,7 +220,7 @@ def attend_tile(
     else:
         top, bottom, pairs, offsets = look_up(
             q, k, batch, h, of_key, start, first_key, valid, kept, given_q, given_k, offset,
-            None, sums, index, column, map, M, BLOCK_M, EXPONENTIAL, CAUSAL, FLAGGED,
+            None, sums, index, column, flag, map, M, BLOCK_M, EXPONENTIAL, CAUSAL, FLAGGED,
         )  # fmt: skip
         write(
             out, norm, top, bottom, pairs, offsets, values, ahead, valid, batch, h, start,

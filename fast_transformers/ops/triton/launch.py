@@ -22,7 +22,7 @@ from ..choose import INTERPRETED
 from ..kinds import KINDS, Formula
 from . import backward as backward_kernels
 from . import forward as forward_kernels
-from . import sums as sum_kernels
+from . import walks
 from .maps import Map, Rows, rows
 from .plans import COLUMNS, WARPS, Plan, config, map_of, operand_of, plan, size_of, tf32
 from .scan import scan as scan_kernel
@@ -184,7 +184,7 @@ class Launch:
                 flags = self.empty(plan.chunks * heads, dtype=torch.int8).zero_()
         self.start(
             (store, start.kv is None, end.kv is None, prefix.kv is None), kernel,
-            (plan.total * heads, self.blocks, self.columns),
+            (plan.total * heads * self.blocks, self.columns, 1),
             *tensors, heads, plan.table, plan.parts, plan.size, start, prefix, flags, end, map,
             **self.options(
                 BLOCK_M=self.tile, EXPONENTIAL=self.exponential, STORE=store,
@@ -200,7 +200,7 @@ class Launch:
         """Sums before each segment, in ``parts`` if given; those after all of them in ``end``."""
         parts = parts or self.sums(plan.total * heads)
         self.walk(kernel, tensors, plan, heads, map, NOTHING, parts, False)
-        self.scan(plan, heads, parts, start, end, kernel is sum_kernels.walk_queries)
+        self.scan(plan, heads, parts, start, end, kernel is walks.walk_queries)
         return parts
 
     def along(

@@ -85,6 +85,17 @@ class Map(NamedTuple):
 
 
 @triton.jit
+def once(x):
+    """x in float32, computed once: in another layout it is moved, not computed again from what was
+    loaded, as the compiler would have it."""
+    if ON_GPU:
+        x = tl.inline_asm_elementwise(
+            "mov.b32 $0, $1;", "=r,r", [x], tl.float32, is_pure=False, pack=1
+        )
+    return x
+
+
+@triton.jit
 def operand(x, map):
     """A tile as a factor of products."""
     if x.dtype == tl.float32:
@@ -102,24 +113,13 @@ def operand(x, map):
 
 
 @triton.jit
-def operand_all(x, map):
-    """The same of all parts side by side, each by itself: pairs in a register are neighbours."""
-    if map.PARTS == 2:
-        first, second = apart(x)
-        x = beside(operand(first, map), operand(second, map))
-    else:
-        x = operand(x, map)
-    return x
-
-
-@triton.jit
 def load_rows(x, n, h, start, valid, first, D: tl.constexpr, BLOCK: tl.constexpr):
     """Columns ``first`` to ``first + BLOCK`` of the C rows from ``start`` on; 0 where ``valid``
     (C,) is not."""
     r, d = tl.arange(0, valid.shape[0]), tl.arange(0, BLOCK) + first
     base = x.ptr + n * x.n + tl.cast(h, tl.int64) * x.h + tl.cast(start, tl.int64) * x.l
     inside = valid[:, None] & (d < D)[None, :]
-    return tl.load(base + r[:, None] * x.l + d[None, :] * x.d, mask=inside, other=0.0)
+    return tl.load(base + (r[:, None] * x.l + d[None, :] * x.d), mask=inside, other=0.0)
 
 
 @triton.jit
@@ -128,7 +128,7 @@ def store_rows(x, tile, n, h, start, valid, first, D: tl.constexpr):
     r, d = tl.arange(0, valid.shape[0]), tl.arange(0, tile.shape[1]) + first
     base = x.ptr + n * x.n + tl.cast(h, tl.int64) * x.h + tl.cast(start, tl.int64) * x.l
     inside = valid[:, None] & (d < D)[None, :]
-    at = base + r[:, None] * x.l + d[None, :] * x.d
+    at = base + (r[:, None] * x.l + d[None, :] * x.d)
     tl.store(at, tile.to(x.ptr.dtype.element_ty), inside)
 
 

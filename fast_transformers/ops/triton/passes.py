@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..call import Settings
-from . import backward, carried, forward, sums
+from . import backward, carried, forward, walks
 from .launch import NOTHING, Inputs, Launch, keeps, prepare
 from .learned import of_products, of_projection
 from .maps import gradient, rows
@@ -135,7 +135,7 @@ def _differentiate_keys(
     (n, length), numbers = q.shape[:2], numbers.transpose(1, 2)
     plan = call.segments(n, length, call.q_heads, call.blocks * call.columns, cu)
     walk = (inputs.q, d_rows, numbers, length), plan, call.q_heads, inputs.walk_map
-    after, flags = call.along(sums.walk_queries, *walk, start, total, causal)
+    after, flags = call.along(walks.walk_queries, *walk, start, total, causal)
     du = of_products(call, k) if learned else None
     tensors = after, flags, d_rows, numbers, gradient(dk, du), rows(dv)
     kernel, size = backward.differentiate_keys, k.shape[1]
@@ -155,7 +155,7 @@ def _segments(
     parts = call.sums_in(kept, plan)
     if parts is None or not again:
         tensors = (*inputs[1:5], length)
-        walk = sums.walk_keys, tensors, plan, call.heads, inputs.walk_map
+        walk = walks.walk_keys, tensors, plan, call.heads, inputs.walk_map
         parts = call.before(*walk, start, end, parts)
     return plan, parts, NOTHING
 
@@ -166,7 +166,7 @@ def _along_keys(
 ) -> tuple[Sums, Tensor | None]:  # fmt: skip
     """``kept`` takes the sums before segments, or has them if this is done ``again``."""
     plan = call.segments(*k.shape[:2], call.heads, call.blocks * call.columns, cu)
-    walk = sums.walk_keys, (*inputs[1:5], k.shape[1]), plan, call.heads, inputs.walk_map
+    walk = walks.walk_keys, (*inputs[1:5], k.shape[1]), plan, call.heads, inputs.walk_map
     parts = call.sums_in(kept, plan)
     if again and parts is not None:
         return call.walk(*walk, parts, final, True)
