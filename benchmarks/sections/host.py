@@ -112,6 +112,8 @@ def idle_workers(session: Session) -> None:
     Alone, with the others started and called just before each measurement, and alone again.
     """
     contender = next(c for c in CONTENDERS if c.name == OURS[ELU])
+    if not checked(session, True, [contender]):
+        return
     peers = [c for c in CONTENDERS if c.home == "older" and c.map == ELU]
     for threads in session.settings.threads:
         readings: dict[bool, list[Timed]] = {True: [], False: []}

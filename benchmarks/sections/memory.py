@@ -8,6 +8,7 @@ from ..contenders import CONTENDERS, Contender
 from ..processes import Worker, WorkerError
 from ..session import Session
 from ..worker.ours import MAPS
+from .attention import checked
 
 LENGTHS, QUICK_LENGTHS = [1024, 4096, 16384], [4096]
 WARM_UP = 128  # tokens of a first call
@@ -15,15 +16,18 @@ PATIENCE = 4  # a single call may take this many times the limit of repeated one
 
 
 def memory(session: Session) -> None:
-    """Every map of this library and every peer; batches of one."""
+    """Every map of this library and every peer that answers rightly; batches of one."""
     ours = [Contender(f"ours, {name}", "ours", name) for name in MAPS]
     peers = [c for c in CONTENDERS if c.home != "ours" or c.map is None]
     quick = session.settings.quick
+    both = (True,) if quick else (True, False)
+    right = {causal: checked(session, causal, CONTENDERS) for causal in both}
     series = [
         (contender, causal, backward)
-        for causal in ((True,) if quick else (True, False))
+        for causal in both
         for contender in [*ours, *peers]
         for backward in (False, True)
+        if contender in right[causal] or contender not in CONTENDERS  # nobody else's maps
         if session.worker(contender.home) is not None
         if not (quick and contender.home == "performer")  # it takes seconds, and gigabytes
     ]

@@ -77,6 +77,8 @@ class FeatureMap(nn.Module):
     def __init__(self, query_dimensions: int) -> None:
         super().__init__()
         self.query_dimensions = self.query_dims = query_dimensions
+        # what draws nothing is; a first call that noted it would make models compile twice
+        self.drawn = self.drawn or type(self).new_feature_map is FeatureMap.new_feature_map
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

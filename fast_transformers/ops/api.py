@@ -179,7 +179,7 @@ def _attention(
     """Turn packed sequences into calls of ``function`` with a padded batch, unless a form takes
     them as they are; answer the others."""
     if isinstance(q, Tensor) and q.is_nested:
-        return packed.nested(function, q, k, v, **options)
+        return packed.nested(function, q, k, v, sequences, **options)
     checks.check_inputs(q, k, v)
     checks.check_key_mask(options["key_mask"], k)
     features = options["features"] = options["features"] or IDENTITY

@@ -18,17 +18,36 @@ from torch import Tensor
 from .state import Attended, LinearState
 
 
-def nested(function: Callable[..., Attended], q: Any, k: Any, v: Any, **options: Any) -> Attended:
+def nested(
+    function: Callable[..., Attended],
+    q: Any,
+    k: Any,
+    v: Any,
+    sequences: tuple[Tensor | None, Tensor | None],
+    **options: Any,
+) -> Attended:
     """Call ``function`` with jagged nested tensors (N, length, H, dim) as packed ones."""
+    if any(starts is not None for starts in sequences):
+        raise ValueError(
+            "cu_seqlens and cu_seqlens_keys must be None for nested tensors, which know their "
+            "boundaries; leave them out, or pass the packed tensors"
+        )
     for name, x in (("queries", q), ("keys", k), ("values", v)):
-        if not x.is_nested or x.layout != torch.jagged or x.lengths() is not None:
+        jagged = x.is_nested and x.layout == torch.jagged and x.lengths() is None
+        if not jagged or isinstance(x.shape[1], int):  # another dimension is the jagged one
             raise TypeError(
                 f"{name} must be a nested tensor of layout torch.jagged without holes like the "
-                "others; make all three with torch.nested.nested_tensor(list, "
-                "layout=torch.jagged)"
+                "others, (N, length, H, dim); make all three with torch.nested.nested_tensor("
+                "list, layout=torch.jagged), of tensors (length, H, dim)"
             )
     flat = [x.values()[None] for x in (q, k, v)]
-    starts, key_starts = q.offsets(), k.offsets()
+    starts, key_starts, value_starts = q.offsets(), k.offsets(), v.offsets()
+    if value_starts is not key_starts and value_starts.device.type == "cpu":
+        if not torch.equal(value_starts, key_starts):
+            raise ValueError(
+                "values must have the lengths of the keys in every sequence, "
+                f"{key_starts.diff().tolist()}, got {value_starts.diff().tolist()}"
+            )
     if key_starts is starts:
         key_starts = None
     values, state = function(*flat, cu_seqlens=starts, cu_seqlens_keys=key_starts, **options)

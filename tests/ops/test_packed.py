@@ -96,6 +96,28 @@ def test_nested_tensors(kind) -> None:
         FUNCTIONS[kind](strided, k, v)
 
 
+def jagged(*lengths: int) -> torch.Tensor:
+    rows = [make_qkv(n, N=1, H=2)[0][0] for n in lengths]
+    return torch.nested.nested_tensor(rows, layout=torch.jagged)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+@pytest.mark.parametrize("kind", FUNCTIONS)
+def test_nested_tensors_that_contradict(kind) -> None:
+    """Each other, the boundaries, or the layout: here sums would come out, of other tokens."""
+    x, function = jagged(1, 1), FUNCTIONS[kind]
+    for name in ("cu_seqlens", "cu_seqlens_keys"):
+        with pytest.raises(ValueError, match="cu_seqlens and cu_seqlens_keys must be None"):
+            function(x, x, x, **{name: torch.tensor([0, 2])})
+    transposed = x.transpose(1, 2)  # (N, H, length, E), with as many heads as tokens
+    with pytest.raises(TypeError, match=r"queries must be .*\(N, length, H, dim\)"):
+        function(transposed, transposed, transposed)
+    k, v = jagged(2, 5), jagged(5, 2)
+    with pytest.raises(ValueError, match=r"lengths of the keys.*\[2, 5\], got \[5, 2\]"):
+        function(k, k, v)
+    function(k, jagged(3, 1), jagged(3, 1))  # equal, if not the same
+
+
 @pytest.mark.parametrize(
     ("starts", "message"),
     [
