@@ -173,10 +173,10 @@ def _forward_block(
     denominator = (p * sums.z_before(kappa)[:, :, None]).sum(-1, keepdim=True)
     values = v.new_empty(*p.shape[:-1], v.shape[-1])
     weights = v.new_empty(*p.shape[:-1], v.shape[-2])
-    for p_i, kappa_i, v_i, values_i, weights_i in zip(p, kappa, v, values, weights, strict=True):
-        torch.bmm(p_i, kappa_i.mT, out=weights_i)
+    for p_i, across, v_i, values_i, weights_i in zip(p, kappa.mT, v, values, weights, strict=True):
+        torch.bmm(p_i, across, out=weights_i)
         torch.bmm(p_i, sums.kv, out=values_i).baddbmm_(tril(weights_i), v_i)
-        sums.add(kappa_i, v_i)
+        sums.add(across, v_i)
     denominator += weights.sum(-1, keepdim=True)
     if call.settings.normalised:
         factor = factor_of(denominator, *call.lift(seen=inputs.key_mask is None))
