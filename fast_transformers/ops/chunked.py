@@ -21,7 +21,17 @@ from torch import Tensor
 from .call import Call
 from .checks import check_widths
 from .encode import Encoder, width
-from .layout import BLOCK, BLOCK_FEATURES, Block, Tile, blocks, scale_into, tiles, write_into
+from .layout import (
+    BLOCK,
+    BLOCK_FEATURES,
+    Block,
+    Scratch,
+    Tile,
+    blocks,
+    scale_into,
+    tiles,
+    write_into,
+)
 from .scaling import factor_of, norm_of, query_factors
 from .sums import Sums, Triple, empty_sums, start_from
 from .threads import paced, popped
@@ -142,13 +152,13 @@ def forward(call: Call, inputs: Inputs, state: Triple | None) -> tuple[Tensor, T
 
 def _forward_tile(call: Call, inputs: Inputs, sums: Sums, out: Tensor, kept: Kept) -> None:
     features = sums.z.shape[-1]
-    encoders = inputs.encoders(call)
+    encoders, scratch = inputs.encoders(call), Scratch(out)
     for i, interval in enumerate(intervals(inputs.q.shape[1], spacing(call, inputs, features))):
         if call.settings.keep:
             kept.write(i, sums)
         waiting = cut(interval, call.chunk, features)[::-1]
         for block in paced(popped(waiting), out, "causal", *sums.kv.shape, call.chunk):
-            if not _forward_block(call, inputs, encoders, block, sums, out, kept):
+            if not _forward_block(call, inputs, encoders, block, sums, out, kept, scratch):
                 waiting += block.halves()[::-1]
 
 
@@ -160,6 +170,7 @@ def _forward_block(
     sums: Sums,
     out: Tensor,
     kept: Kept,
+    scratch: Scratch,
 ) -> bool:
     """Write the values of a block, unless its keys differ too much to be worked together."""
     queries, keys = encoders
@@ -171,11 +182,13 @@ def _forward_block(
     if sums.shift is not None:
         p, offset = query_factors(p)
     denominator = (p * sums.z_before(kappa)[:, :, None]).sum(-1, keepdim=True)
-    values = v.new_empty(*p.shape[:-1], v.shape[-1])
-    weights = v.new_empty(*p.shape[:-1], v.shape[-2])
-    for p_i, across, v_i, values_i, weights_i in zip(p, kappa.mT, v, values, weights, strict=True):
+    values = scratch("values", *p.shape[:-1], v.shape[-1])
+    weights = scratch("weights", *p.shape[:-1], v.shape[-2])
+    chunks = zip(p, kappa.mT, v, values, weights, triangles(weights), strict=True)
+    for p_i, across, v_i, values_i, weights_i, triangles_i in chunks:
         torch.bmm(p_i, across, out=weights_i)
-        torch.bmm(p_i, sums.kv, out=values_i).baddbmm_(tril(weights_i), v_i)
+        triangles_i.tril_()
+        torch.bmm(p_i, sums.kv, out=values_i).baddbmm_(weights_i, v_i)
         sums.add(across, v_i)
     denominator += weights.sum(-1, keepdim=True)
     if call.settings.normalised:
@@ -190,8 +203,8 @@ def _forward_block(
     return True
 
 
-def tril(pairs: Tensor) -> Tensor:
-    """Clear the pairs whose key comes after the query: (G, R*C, C), in place."""
-    c = pairs.shape[-1]
-    pairs.view(-1, c, c).tril_()
-    return pairs
+def triangles(pairs: Tensor) -> Tensor:
+    """Pairs (T, G, R*C, C) as (T, G*R, C, C): those whose key comes after the query are above
+    the diagonal."""
+    t, _, _, c = pairs.shape
+    return pairs.view(t, -1, c, c)

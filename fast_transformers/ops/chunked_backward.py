@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from .call import Call
-from .chunked import Inputs, Kept, cut, intervals, spacing, tril
+from .chunked import Inputs, Kept, cut, intervals, spacing, triangles
 from .encode import PullBack
 from .layout import Block, group, tiles, write_into
 from .summed import row_dots
@@ -134,10 +134,12 @@ class _Sweep:
         p = b * norm if past.shift is None else b.sub_(norm).exp2_()
         z, db = past.z_before(kappa), b.new_empty(b.shape)
         pairs = v.new_empty(*p.shape[:-1], v.shape[-2])
-        chunks = zip(kappa, kappa.mT, v, v.mT, do, delta, pairs, db, strict=True)
         kv = past.kv.mT
-        for kappa_i, across, v_i, v_across, do_i, delta_i, pairs_i, db_i in chunks:
-            tril(torch.bmm(do_i, v_across, out=pairs_i).sub_(delta_i))
+        for pairs_i, do_i, v_i in zip(pairs, do, v.mT, strict=True):
+            torch.bmm(do_i, v_i, out=pairs_i)
+        triangles(pairs.sub_(delta)).tril_()
+        chunks = zip(kappa, kappa.mT, v, do, pairs, db, strict=True)
+        for kappa_i, across, v_i, do_i, pairs_i, db_i in chunks:
             torch.bmm(do_i, kv, out=db_i).baddbmm_(pairs_i, kappa_i)
             past.add(across, v_i)
         db.addcmul_(delta, z[:, :, None], value=-1)
@@ -151,13 +153,15 @@ class _Sweep:
             future.lower(shift)
         r = future.z_after(p * delta)
         da, dv = kappa.new_empty(kappa.shape), v.new_empty(v.shape)
-        weights, kv = pairs.new_empty(pairs.shape[1:]), future.kv.mT
-        chunks = zip(p, p.mT, kappa, kappa.mT, v, do, pairs.mT, da, dv, strict=True)
-        for p_i, p_across, kappa_i, across, v_i, do_i, pairs_i, da_i, dv_i in reversed([*chunks]):
-            tril(torch.bmm(p_i, across, out=weights))
+        weights, kv = torch.empty_like(pairs), future.kv.mT
+        for weights_i, p_i, kappa_i in zip(weights, p, kappa.mT, strict=True):
+            torch.bmm(p_i, kappa_i, out=weights_i)
+        triangles(weights).tril_()
+        chunks = zip(p, p.mT, kappa, v, do, pairs.mT, weights.mT, da, dv, strict=True)
+        for p_i, across, kappa_i, v_i, do_i, pairs_i, weights_i, da_i, dv_i in reversed([*chunks]):
             torch.bmm(v_i, kv, out=da_i).baddbmm_(pairs_i, p_i)
-            torch.bmm(kappa_i, future.kv, out=dv_i).baddbmm_(weights.mT, do_i)
-            future.add(p_across, do_i)
+            torch.bmm(kappa_i, future.kv, out=dv_i).baddbmm_(weights_i, do_i)
+            future.add(across, do_i)
         da.sub_(r[:, :, None])
         if shift is None:
             self._keys.clear(da, block)
