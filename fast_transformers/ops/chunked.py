@@ -68,7 +68,7 @@ class Kept(NamedTuple):
     Attributes:
         norm: (N, L, H*R, 1) reciprocals or log2 of the denominators.
         cuts: (N, H, L) bool, whether a block begins at a token; for exponential features only.
-        kv, z, shift: the sums before the tokens 0, K, 2 K, ...: (L/K, N, H, ...).
+        kv, z, shift: the sums before every one of the :func:`intervals`: (K, N, H, ...).
     """
 
     norm: Tensor
@@ -80,7 +80,7 @@ class Kept(NamedTuple):
     @classmethod
     def allocate(cls, call: Call, inputs: Inputs, features: int) -> Kept:
         n, length, h, m = inputs.v.shape
-        states = -(-length // spacing(call, inputs, features)) if call.settings.keep else 0
+        states = _blocks_and_states(call, inputs, features)[2] if call.settings.keep else 0
         exponential, length = call.features.exponential, length if call.settings.keep else 0
         normalised = length if call.settings.normalised else 0
         new = inputs.q.new_empty
@@ -107,16 +107,26 @@ class Kept(NamedTuple):
         return Sums(self.kv[i].flatten(0, 1), self.z[i].flatten(0, 1), shift)
 
 
-def spacing(call: Call, inputs: Inputs, features: int) -> int:
-    """K, the tokens between two kept states: so many that these take a fourteenth of the memory of
-    output and gradients, or less. Between them the sums are taken again in the backward pass."""
-    e, m, chunk = inputs.q.shape[-1], inputs.v.shape[-1], call.settings.chunk
+def _blocks_and_states(call: Call, inputs: Inputs, features: int) -> tuple[int, int, int]:
+    """Tokens of a block, blocks, and kept states: so many that these take a fourteenth of the
+    memory of output and gradients, or less. Between them the sums are taken again in the backward
+    pass."""
+    length, _, e = inputs.q.shape[1:]
+    m, chunk = inputs.v.shape[-1], call.settings.chunk
     block = max(BLOCK // chunk, 1) * chunk if chunk else BLOCK
-    return -(-7 * features * m // (max(e + m, 1) * block)) * block or block
+    every = -(-7 * features * m // (max(e + m, 1) * block)) * block or block
+    return block, -(-length // block), -(-length // every)
 
 
-def intervals(length: int, every: int) -> list[slice]:
-    return [slice(start, min(start + every, length)) for start in range(0, length, every)]
+def intervals(call: Call, inputs: Inputs, features: int) -> list[slice]:
+    """The tokens from one kept state to the next, whose features the backward pass holds.
+
+    It begins with the last, when no gradient is written yet. So the later ones are longer.
+    """
+    size, count, states = _blocks_and_states(call, inputs, features)
+    ends = (max(i, i * i * count // max(states, 1) ** 2) * size for i in range(states + 1))
+    cuts = [min(end, inputs.q.shape[1]) for end in ends]
+    return list(map(slice, cuts, cuts[1:]))
 
 
 def cut(interval: slice, chunk: int, features: int) -> list[Block]:
@@ -153,7 +163,7 @@ def forward(call: Call, inputs: Inputs, state: Triple | None) -> tuple[Tensor, T
 def _forward_tile(call: Call, inputs: Inputs, sums: Sums, out: Tensor, kept: Kept) -> None:
     features = sums.z.shape[-1]
     encoders, scratch = inputs.encoders(call), Scratch(out)
-    for i, interval in enumerate(intervals(inputs.q.shape[1], spacing(call, inputs, features))):
+    for i, interval in enumerate(intervals(call, inputs, features)):
         if call.settings.keep:
             kept.write(i, sums)
         waiting = cut(interval, call.chunk, features)[::-1]

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from .call import Call
-from .chunked import Inputs, Kept, cut, intervals, spacing, triangles
+from .chunked import Inputs, Kept, cut, intervals, triangles
 from .encode import PullBack
 from .layout import Block, group, tiles, write_into
 from .summed import row_dots
@@ -94,10 +94,10 @@ class _Sweep:
 
     def run(self, future: Sums, gradients: Gradients) -> None:
         """From the last interval to the first, with the sums of the future so far."""
-        every = spacing(self._call, self._inputs, self._kept.kv.shape[-2])
         exponential = self._call.features.exponential
         dq, dk, dv = gradients
-        for i, interval in reversed([*enumerate(intervals(self._inputs.q.shape[1], every))]):
+        pieces = intervals(self._call, self._inputs, self._kept.kv.shape[-2])
+        for i, interval in reversed([*enumerate(pieces)]):
             sums = self._kept.read(i, exponential)
             work = *sums.kv.shape, self._call.chunk
             past, seen = sums.snapshot(), []

@@ -83,8 +83,11 @@ class Block(NamedTuple):
 
 
 def blocks(start: int, stop: int, chunk: int, most: int) -> Iterator[Block]:
-    """Cover the tokens in order, in blocks of whole chunks; a last, shorter chunk stands alone."""
-    per_block = max(1, min(most, BLOCK) // chunk)
+    """Cover the tokens in order, in blocks of about ``most``; a last, shorter chunk stands alone.
+
+    257 features, say, one of them constant, make no smaller blocks than 256 do.
+    """
+    per_block = max(1, (min(most, BLOCK) + chunk // 2) // chunk)
     while start < stop:
         chunks = min(per_block, (stop - start) // chunk)
         block = Block(start, chunks, chunk) if chunks else Block(start, 1, stop - start)
