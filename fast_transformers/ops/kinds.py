@@ -191,9 +191,9 @@ class SmoothedFourier(Fourier):
     def width(cls, formula: Formula, dims: int) -> int:
         return super().width(formula, dims) + 1
 
-    def function(self, u: Tensor) -> Tensor:
+    def function(self, u: Tensor, *more: Tensor) -> Tensor:
         constant = u.new_full((), math.sqrt(self.numbers[0] * u.shape[-1]))  # before it is scaled
-        return super().function(u, constant.expand(*u.shape[:-1], 1))
+        return super().function(u, constant.expand(*u.shape[:-1], 1), *more)
 
 
 class Hyperbolic(Projected):
