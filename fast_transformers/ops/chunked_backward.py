@@ -65,7 +65,7 @@ class _Seen(NamedTuple):
     """What the way forth through a block leaves for the way back."""
 
     block: Block
-    p: Tensor  # (T, G, R*C, F)
+    p: Tensor  # (T, G, R*C, F); normalised, or else do and delta are
     kappa: Tensor  # (T, G, C, F)
     v: Tensor
     do: Tensor
@@ -131,7 +131,10 @@ class _Sweep:
         )
         do = group(block.of(self._d_out).to(self._call.dtype), block, self._inputs.groups)
         norm, delta = self._norm_and_delta(block, do)
-        p = b * norm if past.shift is None else b.sub_(norm).exp2_()
+        if past.shift is None:
+            p, do, delta = b, do * norm, delta * norm  # both in the place of p, which is wider
+        else:
+            p = b.sub_(norm).exp2_()
         z, db = past.z_before(kappa), b.new_empty(b.shape)
         pairs = v.new_empty(*p.shape[:-1], v.shape[-2])
         kv = past.kv.mT
@@ -143,7 +146,7 @@ class _Sweep:
             torch.bmm(do_i, kv, out=db_i).baddbmm_(pairs_i, kappa_i)
             past.add(across, v_i)
         db.addcmul_(delta, z[:, :, None], value=-1)
-        queries_back(db.mul_(norm if past.shift is None else p), dq)
+        queries_back(db if past.shift is None else db.mul_(p), dq)
         return _Seen(block, p, kappa, v, do, delta, pairs, past.shift, keys_back)
 
     def _back(self, seen: _Seen, future: Sums, dk: Tensor, dv_out: Tensor) -> None:
