@@ -16,7 +16,7 @@ PRODUCTS = {
     "mm 2048 x 2048": {"batch": 1, "size": 2048},
     "bmm 8 x 64 x 64 x 64": {"batch": 8, "size": 64},
 }
-CHUNK = 64
+CHUNK = 32
 
 
 def forward_flops(features: int, projected: int, length: int, batch: int = 1) -> int:

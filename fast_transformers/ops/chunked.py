@@ -21,7 +21,17 @@ from torch import Tensor
 from .call import Call
 from .checks import check_widths
 from .encode import Encoder, width
-from .layout import BLOCK, BLOCK_FEATURES, Block, Tile, blocks, scale_into, tiles, write_into
+from .layout import (
+    BLOCK,
+    BLOCK_FEATURES,
+    Block,
+    Scratch,
+    Tile,
+    blocks,
+    scale_into,
+    tiles,
+    write_into,
+)
 from .scaling import factor_of, norm_of, query_factors
 from .sums import Sums, Triple, empty_sums, start_from
 from .threads import paced, popped
@@ -58,7 +68,7 @@ class Kept(NamedTuple):
     Attributes:
         norm: (N, L, H*R, 1) reciprocals or log2 of the denominators.
         cuts: (N, H, L) bool, whether a block begins at a token; for exponential features only.
-        kv, z, shift: the sums before the tokens 0, K, 2 K, ...: (L/K, N, H, ...).
+        kv, z, shift: the sums before every one of the :func:`intervals`: (K, N, H, ...).
     """
 
     norm: Tensor
@@ -70,7 +80,7 @@ class Kept(NamedTuple):
     @classmethod
     def allocate(cls, call: Call, inputs: Inputs, features: int) -> Kept:
         n, length, h, m = inputs.v.shape
-        states = -(-length // spacing(call, inputs, features)) if call.settings.keep else 0
+        states = _blocks_and_states(call, inputs, features)[2] if call.settings.keep else 0
         exponential, length = call.features.exponential, length if call.settings.keep else 0
         normalised = length if call.settings.normalised else 0
         new = inputs.q.new_empty
@@ -97,16 +107,26 @@ class Kept(NamedTuple):
         return Sums(self.kv[i].flatten(0, 1), self.z[i].flatten(0, 1), shift)
 
 
-def spacing(call: Call, inputs: Inputs, features: int) -> int:
-    """K, the tokens between two kept states: so many that these take a fourteenth of the memory of
-    output and gradients, or less. Between them the sums are taken again in the backward pass."""
-    e, m, chunk = inputs.q.shape[-1], inputs.v.shape[-1], call.settings.chunk
+def _blocks_and_states(call: Call, inputs: Inputs, features: int) -> tuple[int, int, int]:
+    """Tokens of a block, blocks, and kept states: so many that these take a fourteenth of the
+    memory of output and gradients, or less. Between them the sums are taken again in the backward
+    pass."""
+    length, _, e = inputs.q.shape[1:]
+    m, chunk = inputs.v.shape[-1], call.settings.chunk
     block = max(BLOCK // chunk, 1) * chunk if chunk else BLOCK
-    return -(-7 * features * m // (max(e + m, 1) * block)) * block or block
+    every = -(-7 * features * m // (max(e + m, 1) * block)) * block or block
+    return block, -(-length // block), -(-length // every)
 
 
-def intervals(length: int, every: int) -> list[slice]:
-    return [slice(start, min(start + every, length)) for start in range(0, length, every)]
+def intervals(call: Call, inputs: Inputs, features: int) -> list[slice]:
+    """The tokens from one kept state to the next, whose features the backward pass holds.
+
+    It begins with the last, when no gradient is written yet. So the later ones are longer.
+    """
+    size, count, states = _blocks_and_states(call, inputs, features)
+    ends = (max(i, i * i * count // max(states, 1) ** 2) * size for i in range(states + 1))
+    cuts = [min(end, inputs.q.shape[1]) for end in ends]
+    return list(map(slice, cuts, cuts[1:]))
 
 
 def cut(interval: slice, chunk: int, features: int) -> list[Block]:
@@ -142,13 +162,13 @@ def forward(call: Call, inputs: Inputs, state: Triple | None) -> tuple[Tensor, T
 
 def _forward_tile(call: Call, inputs: Inputs, sums: Sums, out: Tensor, kept: Kept) -> None:
     features = sums.z.shape[-1]
-    encoders = inputs.encoders(call)
-    for i, interval in enumerate(intervals(inputs.q.shape[1], spacing(call, inputs, features))):
+    encoders, scratch = inputs.encoders(call), Scratch(out)
+    for i, interval in enumerate(intervals(call, inputs, features)):
         if call.settings.keep:
             kept.write(i, sums)
         waiting = cut(interval, call.chunk, features)[::-1]
         for block in paced(popped(waiting), out, "causal", *sums.kv.shape, call.chunk):
-            if not _forward_block(call, inputs, encoders, block, sums, out, kept):
+            if not _forward_block(call, inputs, encoders, block, sums, out, kept, scratch):
                 waiting += block.halves()[::-1]
 
 
@@ -160,6 +180,7 @@ def _forward_block(
     sums: Sums,
     out: Tensor,
     kept: Kept,
+    scratch: Scratch,
 ) -> bool:
     """Write the values of a block, unless its keys differ too much to be worked together."""
     queries, keys = encoders
@@ -171,12 +192,14 @@ def _forward_block(
     if sums.shift is not None:
         p, offset = query_factors(p)
     denominator = (p * sums.z_before(kappa)[:, :, None]).sum(-1, keepdim=True)
-    values = v.new_empty(*p.shape[:-1], v.shape[-1])
-    weights = v.new_empty(*p.shape[:-1], v.shape[-2])
-    for p_i, kappa_i, v_i, values_i, weights_i in zip(p, kappa, v, values, weights, strict=True):
-        torch.bmm(p_i, kappa_i.mT, out=weights_i)
-        torch.bmm(p_i, sums.kv, out=values_i).baddbmm_(tril(weights_i), v_i)
-        sums.add(kappa_i, v_i)
+    values = scratch("values", *p.shape[:-1], v.shape[-1])
+    weights = scratch("weights", *p.shape[:-1], v.shape[-2])
+    chunks = zip(p, kappa.mT, v, values, weights, triangles(weights), strict=True)
+    for p_i, across, v_i, values_i, weights_i, triangles_i in chunks:
+        torch.bmm(p_i, across, out=weights_i)
+        triangles_i.tril_()
+        torch.bmm(p_i, sums.kv, out=values_i).baddbmm_(weights_i, v_i)
+        sums.add(across, v_i)
     denominator += weights.sum(-1, keepdim=True)
     if call.settings.normalised:
         factor = factor_of(denominator, *call.lift(seen=inputs.key_mask is None))
@@ -190,8 +213,8 @@ def _forward_block(
     return True
 
 
-def tril(pairs: Tensor) -> Tensor:
-    """Clear the pairs whose key comes after the query: (G, R*C, C), in place."""
-    c = pairs.shape[-1]
-    pairs.view(-1, c, c).tril_()
-    return pairs
+def triangles(pairs: Tensor) -> Tensor:
+    """Pairs (T, G, R*C, C) as (T, G*R, C, C): those whose key comes after the query are above
+    the diagonal."""
+    t, _, _, c = pairs.shape
+    return pairs.view(t, -1, c, c)

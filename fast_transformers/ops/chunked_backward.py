@@ -1,4 +1,4 @@
-"""The backward pass of :mod:`.chunked`: one sweep in reverse.
+"""The backward pass of :mod:`.chunked`: intervals in reverse, each forth and back.
 
 With P the normalised query factors, G = do v^T - delta and delta = do.out,
 
@@ -7,10 +7,10 @@ With P the normalised query factors, G = do v^T - delta and delta = do.out,
     dv_j               = R^T kappa_j + sum_{t>=j} (P_t.kappa_j) do_t,   r = sum_t P_t delta_t
 
 where S, z sum over the keys before the chunk and R, r over the queries after it. The former are
-restored from the states that the forward pass kept. R and r are kept relative to the shift of
-the block, like the key factors: P_ti = 2^(b_ti + shift_i - log2 of the denominator), which is at
-most 1 for a query that has seen the keys which make the shift, so that R shrinks on its way to
-the earlier keys, whose shift is lower.
+restored on the way forth, from the states that the forward pass kept. R and r are kept relative
+to the shift of the block, like the key factors: P_ti = 2^(b_ti + shift_i - log2 of the
+denominator), which is at most 1 for a query that has seen the keys which make the shift, so that
+R shrinks on its way to the earlier keys, whose shift is lower.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from .call import Call
-from .chunked import Inputs, Kept, cut, intervals, spacing, tril
+from .chunked import Inputs, Kept, cut, intervals, triangles
 from .encode import PullBack
 from .layout import Block, group, tiles, write_into
 from .summed import row_dots
@@ -61,14 +61,16 @@ def backward(
     return (dq, dk, dv), (d_kv, d_z)
 
 
-class _Past(NamedTuple):
-    """Keys and values of a block, and the sums over those before it."""
+class _Seen(NamedTuple):
+    """What the way forth through a block leaves for the way back."""
 
     block: Block
+    p: Tensor  # (T, G, R*C, F); normalised, or else do and delta are
     kappa: Tensor  # (T, G, C, F)
     v: Tensor
-    kv: list[Tensor]  # before each chunk, (G, F, M)
-    z: Tensor  # (T, G, F)
+    do: Tensor
+    delta: Tensor  # (T, G, R*C, 1)
+    pairs: Tensor  # G_tj, (T, G, R*C, C)
     shift: Tensor | None
     pull_back: PullBack  # of the keys
 
@@ -91,33 +93,21 @@ class _Sweep:
         self._cuts = kept.cuts[0, 0].tolist() if call.features.exponential else None
 
     def run(self, future: Sums, gradients: Gradients) -> None:
-        """From the last token to the first, with the sums of the future so far."""
-        every = spacing(self._call, self._inputs, self._kept.kv.shape[-2])
+        """From the last interval to the first, with the sums of the future so far."""
         exponential = self._call.features.exponential
-        for i, interval in reversed([*enumerate(intervals(self._inputs.q.shape[1], every))]):
+        dq, dk, dv = gradients
+        pieces = intervals(self._call, self._inputs, self._kept.kv.shape[-2])
+        for i, interval in reversed([*enumerate(pieces)]):
             sums = self._kept.read(i, exponential)
             work = *sums.kv.shape, self._call.chunk
-            restored = self._restore(sums.snapshot(), interval, work)
-            for past in paced(popped(restored), self._out, "causal backward", *work):
-                self._block(past, future, gradients)
-                del past  # its memory serves the next block
+            past, seen = sums.snapshot(), []
+            for block in paced(self._blocks(interval), self._out, "causal backward", *work):
+                seen.append(self._forth(block, past, dq))
+            for one in paced(popped(seen), self._out, "causal backward, back", *work):
+                self._back(one, future, dk, dv)
+                del one  # its memory serves the next block
             if i == 0 and sums.shift is not None:
                 future.lower(sums.shift)
-
-    def _restore(self, sums: Sums, interval: slice, work: tuple[int, ...]) -> list[_Past]:
-        """Go through the keys once more, from the kept state before them."""
-        found = []
-        for block in paced(self._blocks(interval), self._out, "causal restored", *work):
-            a, back = self._keys.differentiated(self._inputs.k, block, self._d_parameters)
-            v = self._keys.rows(self._inputs.v, block)
-            kappa = sums.enter(a)
-            assert kappa is not None
-            z, kv = sums.z_before(kappa), []
-            for kappa_i, v_i in zip(kappa, v, strict=True):
-                kv.append(sums.kv.clone())
-                sums.add(kappa_i, v_i)
-            found.append(_Past(block, kappa, v, kv, z, sums.shift, back))
-        return found
 
     def _blocks(self, interval: slice) -> list[Block]:
         """The blocks that the forward pass cut these tokens into."""
@@ -131,37 +121,55 @@ class _Sweep:
                 found.append(block)
         return found
 
-    def _block(self, past: _Past, future: Sums, gradients: Gradients) -> None:
-        block, kappa, v, kv, z, shift, keys_back = past
-        call, inputs = self._call, self._inputs
-        b, queries_back = self._queries.differentiated(inputs.q, block, self._d_parameters, shift)
-        do = group(block.of(self._d_out).to(call.dtype), block, inputs.groups)
+    def _forth(self, block: Block, past: Sums, dq: Tensor) -> _Seen:
+        """Gradients of the queries of a block; its keys are added to the sums."""
+        a, keys_back = self._keys.differentiated(self._inputs.k, block, self._d_parameters)
+        v, kappa = self._keys.rows(self._inputs.v, block), past.enter(a)
+        assert kappa is not None
+        b, queries_back = self._queries.differentiated(
+            self._inputs.q, block, self._d_parameters, past.shift
+        )
+        do = group(block.of(self._d_out).to(self._call.dtype), block, self._inputs.groups)
         norm, delta = self._norm_and_delta(block, do)
-        if shift is None:
-            p = b * norm
+        if past.shift is None:
+            p, do, delta = b, do * norm, delta * norm  # both in the place of p, which is wider
         else:
             p = b.sub_(norm).exp2_()
+        z, db = past.z_before(kappa), b.new_empty(b.shape)
+        pairs = v.new_empty(*p.shape[:-1], v.shape[-2])
+        kv = past.kv.mT
+        for pairs_i, do_i, v_i in zip(pairs, do, v.mT, strict=True):
+            torch.bmm(do_i, v_i, out=pairs_i)
+        triangles(pairs.sub_(delta)).tril_()
+        chunks = zip(kappa, kappa.mT, v, do, pairs, db, strict=True)
+        for kappa_i, across, v_i, do_i, pairs_i, db_i in chunks:
+            torch.bmm(do_i, kv, out=db_i).baddbmm_(pairs_i, kappa_i)
+            past.add(across, v_i)
+        db.addcmul_(delta, z[:, :, None], value=-1)
+        queries_back(db if past.shift is None else db.mul_(p), dq)
+        return _Seen(block, p, kappa, v, do, delta, pairs, past.shift, keys_back)
+
+    def _back(self, seen: _Seen, future: Sums, dk: Tensor, dv_out: Tensor) -> None:
+        """Gradients of the keys and values of a block; its queries are added to the sums."""
+        block, p, kappa, v, do, delta, pairs, shift, keys_back = seen
+        if shift is not None:
             future.lower(shift)
         r = future.z_after(p * delta)
-        db, da, dv = b.new_empty(b.shape), v.new_empty(kappa.shape), v.new_empty(v.shape)
-        for i in reversed(range(block.t)):
-            p_i, kappa_i, v_i, do_i = p[i], kappa[i], v[i], do[i]
-            pairs = tril(torch.bmm(do_i, v_i.mT).sub_(delta[i]))
-            weights = tril(torch.bmm(p_i, kappa_i.mT))
-            torch.bmm(do_i, kv[i].mT, out=db[i]).baddbmm_(pairs, kappa_i)
-            torch.bmm(v_i, future.kv.mT, out=da[i]).baddbmm_(pairs.mT, p_i)
-            torch.bmm(kappa_i, future.kv, out=dv[i]).baddbmm_(weights.mT, do_i)
-            future.add(p_i, do_i)
-        db.addcmul_(delta, z[:, :, None], value=-1)
+        da, dv = kappa.new_empty(kappa.shape), v.new_empty(v.shape)
+        weights, kv = torch.empty_like(pairs), future.kv.mT
+        for weights_i, p_i, kappa_i in zip(weights, p, kappa.mT, strict=True):
+            torch.bmm(p_i, kappa_i, out=weights_i)
+        triangles(weights).tril_()
+        chunks = zip(p, p.mT, kappa, v, do, pairs.mT, weights.mT, da, dv, strict=True)
+        for p_i, across, kappa_i, v_i, do_i, pairs_i, weights_i, da_i, dv_i in reversed([*chunks]):
+            torch.bmm(v_i, kv, out=da_i).baddbmm_(pairs_i, p_i)
+            torch.bmm(kappa_i, future.kv, out=dv_i).baddbmm_(weights_i, do_i)
+            future.add(across, do_i)
         da.sub_(r[:, :, None])
         if shift is None:
-            db.mul_(norm)
             self._keys.clear(da, block)
         else:
-            db.mul_(p)
             da.mul_(kappa)
-        dq, dk, dv_out = gradients
-        queries_back(db, dq)
         keys_back(da, dk)
         write_into(dv_out, block, dv)
 

@@ -174,8 +174,8 @@ class Fourier(Projected):
 
     per_direction = 2
 
-    def function(self, u: Tensor) -> Tensor:
-        return torch.cat([u.cos(), u.sin()], -1).mul_(u.shape[-1] ** -0.5)
+    def function(self, u: Tensor, *more: Tensor) -> Tensor:
+        return torch.cat([u.cos(), u.sin_(), *more], -1).mul_(u.shape[-1] ** -0.5)
 
     def function_back(self, gradient: Tensor, phi: Tensor) -> Tensor:
         width = self.omega.shape[1]
@@ -191,10 +191,9 @@ class SmoothedFourier(Fourier):
     def width(cls, formula: Formula, dims: int) -> int:
         return super().width(formula, dims) + 1
 
-    def function(self, u: Tensor) -> Tensor:
-        phi = super().function(u)
-        constant = phi.new_full((), math.sqrt(self.numbers[0]))
-        return torch.cat([phi, constant.expand(*phi.shape[:-1], 1)], -1)
+    def function(self, u: Tensor, *more: Tensor) -> Tensor:
+        constant = u.new_full((), math.sqrt(self.numbers[0] * u.shape[-1]))  # before it is scaled
+        return super().function(u, constant.expand(*u.shape[:-1], 1), *more)
 
 
 class Hyperbolic(Projected):

@@ -102,7 +102,7 @@ def causal(
     shift: Tensor | None,
 ) -> Results:
     """Values, the final sums (3), and what the backward pass needs (5)."""
-    chunk = causal_chunk(q.shape[1])
+    chunk = causal_chunk(q.shape[1], q.device)
     call = Call.of(settings, features, projection, sum_dtype(q, k, v), chunk)
     out, final, kept = chunked.forward(call, Inputs(q, k, v, key_mask), _triple(kv, z, shift))
     return out, *present(final), *kept
@@ -143,7 +143,7 @@ def causal_backward(
     d_z: Tensor | None,
 ) -> Results:
     """Gradients of q, k, v, of the initial kv and z, and of a user's parameters."""
-    chunk = causal_chunk(q.shape[1])
+    chunk = causal_chunk(q.shape[1], q.device)
     call = Call.of(settings, features, projection, out.dtype, chunk)
     parameters: Gradients = [None] * len(call.features.parameters)
     kept = Kept(norm, cuts, kept_kv, kept_z, kept_shift)

@@ -158,7 +158,7 @@ def attend_backward(
             else:
                 p = b.sub_(factor).exp2_()
                 db.mul_(p)
-            gradient.add(p[0], do[0])
+            gradient.add(p[0].mT, do[0])
             gradient.z = gradient.z - (p * delta).sum(2)[0]
             back(db, dq_tile)
         gradient.write((d_kv, d_z, None), tile)

@@ -82,8 +82,8 @@ class Sums:
         self.z = self.z * factor
 
     def add(self, kappa: Tensor, v: Tensor) -> None:
-        """Add the keys and values of one chunk to S; z is for :meth:`z_before` to follow."""
-        self.kv.baddbmm_(kappa.mT, v)
+        """Add keys (G, F, C) and values of one chunk to S; z is for :meth:`z_before` to follow."""
+        self.kv.baddbmm_(kappa, v)
 
     def z_before(self, kappa: Tensor) -> Tensor:
         """z before each chunk of a block, (T, G, F); afterwards z includes the block."""
@@ -111,5 +111,5 @@ class Sums:
     def absorb(self, kappa: Tensor, v: Tensor) -> None:
         """Add all keys and values of a block."""
         for i in range(len(kappa)):
-            self.add(kappa[i], v[i])
+            self.add(kappa[i].mT, v[i])
         self.z_before(kappa)

@@ -8,6 +8,7 @@ stays on one thread while that is faster.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Hashable, Iterable, Iterator
 from contextlib import contextmanager
@@ -22,34 +23,33 @@ T = TypeVar("T")
 class Pace:
     """Decides between one thread and all of them, block by block.
 
-    Times are smoothed. While one thread is faster, all threads are tried again after 64 blocks,
-    then 128, and so on, since a try on a busy machine may cost as much as all of these.
+    What blocks on all threads lose against one thread is added up, less what they gain. A few
+    blocks' time of gains is credit, so that a hiccup of an idle machine changes nothing. When
+    it is used up, so many blocks are left to one thread that losses take a fifth of the time.
     """
 
-    first_pause, longest_pause = 64, 8192
+    credit, pause = 16, 4  # blocks of one thread; for every one that was lost
+    longest = 8192  # blocks before another try
 
     def __init__(self) -> None:
-        self._one: float | None = None
-        self._all: float | None = None
-        self._pause = self.first_pause
-        self._left = 0  # blocks until all threads are tried again
+        self._one = math.inf  # seconds of a block on one thread
+        self._lost = 0.0  # seconds
+        self._left = 2  # blocks until all threads are tried; the very first one loads code
 
     def alone(self) -> bool:
         """Whether the next block is for one thread."""
-        return self._one is None or self._left > 0
+        return self._left > 0
 
     def record(self, alone: bool, seconds: float) -> None:
         """What the block took."""
         if alone:
-            self._one = seconds if self._one is None else (3 * self._one + seconds) / 4
-            self._left = max(0, self._left - 1)
+            self._one = min(seconds, (3 * self._one + seconds) / 4)
+            self._left -= 1
             return
-        self._all = seconds if self._all is None else (self._all + seconds) / 2
-        if self._one is not None and self._all > self._one:
-            self._left, self._all = self._pause, None
-            self._pause = min(2 * self._pause, self.longest_pause)
-        elif self._left == 0:
-            self._pause = self.first_pause
+        self._lost = max(self._lost + seconds - self._one, -self.credit * self._one)
+        if self._lost > 0:
+            blocks = self.pause * self._lost / max(self._one, 1e-9)
+            self._left, self._lost = math.ceil(min(blocks, self.longest)), 0.0
 
 
 _paces: dict[Hashable, Pace] = {}
