@@ -1,43 +1,50 @@
-"""The chunked form never holds all features, an L x L matrix, or a state per token."""
+"""No form but the reference holds all features, an L x L matrix, a state per token, or keys once
+for every query head."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.profiler import ProfilerActivity, profile
 
 from fast_transformers import ops
 from fast_transformers.feature_maps import Favor, elu_feature_map, features_of
 from tests.support import make_qkv
 
+FUNCTIONS = [ops.linear_attention, ops.causal_linear_attention]
 L, E, M, F = 2200, 8, 8, 256
 
 
-class LargestTensor(TorchDispatchMode):
-    """Elements of the largest tensor that any operation gives, forward and backward."""
-
-    elements = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        for x in out if isinstance(out, tuple | list) else [out]:
-            if isinstance(x, torch.Tensor):
-                self.elements = max(self.elements, x.untyped_storage().nbytes() // x.itemsize)
-        return out
+def largest_tensor(call: Callable[[], Any]) -> int:
+    """Elements in float32 of the largest memory that is asked for at once, also inside of our
+    operators (where a dispatch mode of PyTorch sees nothing)."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as prof:
+        call()
+    return max(event.self_cpu_memory_usage for event in prof.events()) // 4
 
 
-@pytest.mark.parametrize("function", [ops.linear_attention, ops.causal_linear_attention])
+@pytest.mark.parametrize("function", FUNCTIONS)
 @pytest.mark.parametrize("factory", [elu_feature_map, Favor.factory(n_dims=F)])
 def test_no_large_tensor(function, factory) -> None:
     q, k, v = (x.requires_grad_() for x in make_qkv(L, N=1, H=1, E=E, M=M))
     feature_map = factory(E)
     assert feature_map.feature_dims in (E, F)
-    with LargestTensor() as largest:
-        function(q, k, v, features_of(feature_map)).values.sum().backward()
+    features = features_of(feature_map)
+    largest = largest_tensor(lambda: function(q, k, v, features).values.sum().backward())
     inputs, chunk_of_features = L * max(E, M), 256 * F
-    assert largest.elements <= max(inputs, chunk_of_features) < L * F // 8
-    with LargestTensor() as largest:
-        function(q.exp(), k.exp(), v, impl="reference")
-    assert largest.elements >= L * L
+    assert largest <= max(inputs, chunk_of_features) < L * F // 8
+    largest = largest_tensor(lambda: function(q.exp(), k.exp(), v, impl="reference"))
+    assert largest >= L * L
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_keys_are_not_repeated(function) -> None:
+    heads, dims, values = 16, 64, 4
+    q, k = torch.randn(1, L, heads, dims), torch.randn(1, L, 1, dims)
+    v, features = torch.randn(1, L, 1, values), features_of(elu_feature_map(dims))
+    repeated = k.expand(-1, -1, heads, -1)
+    assert largest_tensor(repeated.contiguous) >= repeated.numel()
+    assert largest_tensor(lambda: function(q, k, v, features)) < repeated.numel() // 4
