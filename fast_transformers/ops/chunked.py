@@ -13,19 +13,18 @@ much: then it is worked in halves. The backward pass is in :mod:`.chunked_backwa
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .call import Call
-from .checks import check_widths
 from .encode import Encoder, width
 from .layout import (
     BLOCK,
     BLOCK_FEATURES,
     Block,
-    Scratch,
     Tile,
     blocks,
     scale_into,
@@ -162,14 +161,38 @@ def forward(call: Call, inputs: Inputs, state: Triple | None) -> tuple[Tensor, T
 
 def _forward_tile(call: Call, inputs: Inputs, sums: Sums, out: Tensor, kept: Kept) -> None:
     features = sums.z.shape[-1]
-    encoders, scratch = inputs.encoders(call), Scratch(out)
+    encoders, room = inputs.encoders(call), None
     for i, interval in enumerate(intervals(call, inputs, features)):
         if call.settings.keep:
             kept.write(i, sums)
         waiting = cut(interval, call.chunk, features)[::-1]
         for block in paced(popped(waiting), out, "causal", *sums.kv.shape, call.chunk):
-            if not _forward_block(call, inputs, encoders, block, sums, out, kept, scratch):
+            if room is None or room.size != block[1:]:
+                room = _Room(inputs, block, sums)
+            if not _forward_block(call, inputs, encoders, block, sums, out, kept, room):
                 waiting += block.halves()[::-1]
+
+
+class _Room:
+    """Memory that blocks of one size use one after the other, and views of its chunks.
+
+    Many pieces, allocated for every block, would leave megabytes of gaps in the heap; and to make
+    the views takes as long as a product.
+    """
+
+    def __init__(self, inputs: Inputs, block: Block, sums: Sums) -> None:
+        self.size = t, c = block[1:]
+        g, features, m = sums.kv.shape
+        rows = inputs.groups * c
+        of_queries = [(t, g, rows, width) for width in (features, m, c)]
+        shapes = *of_queries, (t, g, c, features), (t, g, c, m)
+        sizes = [math.prod(shape) for shape in shapes]
+        pieces = sums.kv.new_empty(sum(sizes)).split(sizes)
+        views = (x.view(shape) for x, shape in zip(pieces, shapes, strict=True))
+        self.p, self.values, self.weights, self.kappa, self.v = views
+        self.across = self.kappa.mT
+        self.triangles = triangles(self.weights)
+        self.chunks = list(zip(self.p, self.across, self.v, self.values, strict=True))
 
 
 def _forward_block(
@@ -180,26 +203,25 @@ def _forward_block(
     sums: Sums,
     out: Tensor,
     kept: Kept,
-    scratch: Scratch,
+    room: _Room,
 ) -> bool:
     """Write the values of a block, unless its keys differ too much to be worked together."""
     queries, keys = encoders
-    kappa = sums.enter(keys(inputs.k, block), inputs.key_mask is not None, whole=False)
-    if kappa is None:
+    p, kappa, v, weights, values = room.p, room.kappa, room.v, room.weights, room.values
+    a, offset = keys(inputs.k, block, out=kappa), None
+    if sums.enter(a, inputs.key_mask is not None, whole=False) is None:
         return False
-    v, p, offset = keys.rows(inputs.v, block), queries(inputs.q, block, sums.shift), None
-    check_widths(p.shape[-1], kappa.shape[-1])
+    queries(inputs.q, block, sums.shift, p)
     if sums.shift is not None:
         p, offset = query_factors(p)
-    denominator = (p * sums.z_before(kappa)[:, :, None]).sum(-1, keepdim=True)
-    values = scratch("values", *p.shape[:-1], v.shape[-1])
-    weights = scratch("weights", *p.shape[:-1], v.shape[-2])
-    chunks = zip(p, kappa.mT, v, values, weights, triangles(weights), strict=True)
-    for p_i, across, v_i, values_i, weights_i, triangles_i in chunks:
-        torch.bmm(p_i, across, out=weights_i)
-        triangles_i.tril_()
-        torch.bmm(p_i, sums.kv, out=values_i).baddbmm_(weights_i, v_i)
+    keys.gather(inputs.v, block, v)
+    torch.matmul(p, room.across, out=weights)
+    room.triangles.tril_()
+    torch.matmul(weights, v, out=values)
+    for p_i, across, v_i, values_i in room.chunks:
+        values_i.baddbmm_(p_i, sums.kv)
         sums.add(across, v_i)
+    denominator = p.mul_(sums.z_before(kappa)[:, :, None]).sum(-1, keepdim=True)
     denominator += weights.sum(-1, keepdim=True)
     if call.settings.normalised:
         factor = factor_of(denominator, *call.lift(seen=inputs.key_mask is None))

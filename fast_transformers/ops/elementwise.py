@@ -76,8 +76,9 @@ def register_elementwise(
             )
 
     class Elementwise(Kind):
-        def value(self, x: Tensor) -> Tensor:
-            return function(x)
+        def value(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+            phi = function(x)
+            return phi if out is None else out.copy_(phi)
 
         def queries_back(self, gradient: Tensor, phi: Tensor, x: Tensor) -> Tensor:
             return gradient * derivative(x)
@@ -85,8 +86,9 @@ def register_elementwise(
         keys_back = queries_back
 
     class ProjectedElementwise(Projected):
-        def value(self, x: Tensor) -> Tensor:
-            return function(self.project(x))
+        def function(self, u: Tensor, out: Tensor | None) -> Tensor:
+            phi = function(u)
+            return phi if out is None else out.copy_(phi)
 
         def queries_back(self, gradient: Tensor, phi: Tensor, x: Tensor) -> Tensor:
             return self.project_back(gradient * derivative(self.project(x)))

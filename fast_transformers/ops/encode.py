@@ -8,9 +8,10 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 import torch
 from torch import Tensor
 
+from .checks import check_widths
 from .features import Features
 from .kinds import KINDS, LOG2E, Kind
-from .layout import Block, group, ungroup, write_into
+from .layout import Block, group, natural, ungroup, write_into
 
 PullBack = Callable[[Tensor, Tensor], None]  # gradient of the features, gradient of x to fill
 
@@ -18,7 +19,7 @@ PullBack = Callable[[Tensor, Tensor], None]  # gradient of the features, gradien
 class Encoder:
     """phi of the queries or of the keys of a tile, block by block; log2(phi) for exponentials.
 
-    Values come grouped, see :mod:`.layout`. Those of exponential maps may be overwritten.
+    Values come grouped, see :mod:`.layout`, in memory of their own.
 
     Args:
         features: the map.
@@ -49,16 +50,19 @@ class Encoder:
         if features.formula is not None:
             self._kind = KINDS[features.formula.kind](features.formula, dtype)
 
-    def __call__(self, x: Tensor, block: Block, shift: Tensor | None = None) -> Tensor:
-        """Features of a block of (N, length, H*R, E), as (T, N*H, R*C, F).
+    def __call__(
+        self, x: Tensor, block: Block, shift: Tensor | None = None, out: Tensor | None = None
+    ) -> Tensor:
+        """Features of a block of (N, length, H*R, E), as (T, N*H, R*C, F), written to ``out``.
 
         ``shift`` (N*H, F) is added to the logarithms of exponential features of queries.
         """
         if self._kind is not None:
-            return self._hide(self._evaluate(self._kind, self.rows(x, block), shift), block)
+            rows = self.rows(x, block)
+            return self._hide(self._evaluate(self._kind, rows, shift, out), block)
         given = self._given(x, block)
         with self._same_again(x, block):
-            return self._finish(self._function(given), block, shift)
+            return self._finish(self._function(given), block, shift, out)
 
     def differentiated(
         self,
@@ -105,8 +109,14 @@ class Encoder:
             rows = rows.masked_fill(block.of(self._drop), 0.0)
         return group(rows, block, self._groups)
 
+    def gather(self, x: Tensor, block: Block, out: Tensor) -> None:
+        """The same, written to ``out``."""
+        view = natural(block.of(x), block, self._groups)
+        out.view(view.shape).copy_(view)
+        self.clear(out, block)
+
     def clear(self, gradient: Tensor, block: Block) -> None:
-        """Clear the masked rows of a gradient (T, N*H, C, F)."""
+        """Clear the masked rows of (T, N*H, C, F)."""
         if self._drop is not None:
             gradient.masked_fill_(self._dropped(gradient, block), 0.0)
 
@@ -121,15 +131,24 @@ class Encoder:
         given = self._features.cast(block.of(x).detach(), self._dtype)
         return given if self._drop is None else given.masked_fill(block.of(self._drop), 0.0)
 
-    def _evaluate(self, kind: Kind, rows: Tensor, shift: Tensor | None) -> Tensor:
+    def _evaluate(
+        self, kind: Kind, rows: Tensor, shift: Tensor | None, out: Tensor | None = None
+    ) -> Tensor:
+        if out is None:
+            assert self._features.formula is not None
+            width = kind.width(self._features.formula, rows.shape[-1])
+            out = rows.new_empty(*rows.shape[:-1], width)
         if self._of_keys:
-            return kind.keys(rows)
-        return kind.queries(rows, None if shift is None else shift[:, None])
+            return kind.keys(rows, out)
+        return kind.queries(rows, None if shift is None else shift[:, None], out)
 
-    def _finish(self, phi: Tensor, block: Block, shift: Tensor | None) -> Tensor:
+    def _finish(
+        self, phi: Tensor, block: Block, shift: Tensor | None, out: Tensor | None = None
+    ) -> Tensor:
         phi = group(phi.to(self._dtype), block, self._groups)
-        if self._features.exponential:
-            phi = phi * LOG2E
+        if out is not None:
+            check_widths(phi.shape[-1], out.shape[-1])
+        phi = torch.mul(phi, LOG2E if self._features.exponential else 1.0, out=out)
         if shift is not None:
             phi.add_(shift[:, None])
         return self._hide(phi, block)
@@ -139,7 +158,7 @@ class Encoder:
         if self._drop is None:
             return phi
         nothing = -torch.inf if self._features.exponential else 0.0
-        return phi.masked_fill(self._dropped(phi, block), nothing)
+        return phi.masked_fill_(self._dropped(phi, block), nothing)
 
     def _same_again(self, x: Tensor, block: Block) -> AbstractContextManager[None]:
         if self._again and not self._features.any_heads and block.start == 0:

@@ -36,7 +36,8 @@ class Formula(NamedTuple):
 class Kind:
     """phi of rows, (..., E) to (..., F), and its pull-back; this one is phi(x) = x.
 
-    Exponential kinds give log2(phi), and are pulled back from the gradient of log(phi).
+    Exponential kinds give log2(phi), and are pulled back from the gradient of log(phi). ``out``
+    is memory for the features, (..., F) in one piece.
     """
 
     exponential = False
@@ -51,21 +52,21 @@ class Kind:
         """F of E."""
         return dims
 
-    def queries(self, x: Tensor, shift: Tensor | None = None) -> Tensor:
+    def queries(self, x: Tensor, shift: Tensor | None = None, out: Tensor | None = None) -> Tensor:
         """``shift`` is added to the logarithms of exponential kinds."""
-        phi = self.value(x)
+        phi = self.value(x, out)
         return phi if shift is None else phi.add_(shift)
 
-    def keys(self, x: Tensor) -> Tensor:
-        return self.value(x)
+    def keys(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+        return self.value(x, out)
 
     def both(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         """Of one token: small operations cost what they cost, whatever they are given."""
         of_queries, of_keys = self.value(torch.stack((q, k))).unbind()
         return of_queries, of_keys
 
-    def value(self, x: Tensor) -> Tensor:
-        return x
+    def value(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+        return x if out is None else out.copy_(x)
 
     def queries_back(self, gradient: Tensor, phi: Tensor, x: Tensor) -> Tensor:
         """Gradient of x from that of phi, which may be overwritten."""
@@ -83,8 +84,8 @@ class Logarithm(Kind):
 
     exponential = True
 
-    def value(self, x: Tensor) -> Tensor:
-        return x * LOG2E
+    def value(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+        return torch.mul(x, LOG2E, out=out)
 
 
 class EluPlusOne(Kind):
@@ -92,8 +93,9 @@ class EluPlusOne(Kind):
 
     positive = True
 
-    def value(self, x: Tensor) -> Tensor:
-        return _exp_(x.clamp_max(0.0)).add_(x.relu())
+    def value(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+        positive = x.relu()  # first: it reads x, from memory, in the order in which it lies there
+        return _exp_(torch.clamp_max(x, 0.0, out=out)).add_(positive)
 
     def back(self, gradient: Tensor, phi: Tensor) -> Tensor:
         return gradient.mul_(phi.clamp_max(1.0))
@@ -105,8 +107,8 @@ class Relu(Kind):
     positive = True
     never_zero = False
 
-    def value(self, x: Tensor) -> Tensor:
-        return x.relu()
+    def value(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+        return torch.clamp_min(x, 0.0, out=out)
 
     def back(self, gradient: Tensor, phi: Tensor) -> Tensor:
         return torch.ops.aten.threshold_backward(gradient, phi, 0)
@@ -143,13 +145,14 @@ class Projected(Kind):
     def project_back(self, gradient: Tensor) -> Tensor:
         return product(gradient, self.omega.mT).mul_(self.temp**0.5)
 
-    def value(self, x: Tensor) -> Tensor:
-        return self.function(self.project(x))
+    def value(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+        return self.function(self.project(x), out)
 
     def back(self, gradient: Tensor, phi: Tensor) -> Tensor:
         return self.project_back(self.function_back(gradient, phi))
 
-    def function(self, u: Tensor) -> Tensor:
+    def function(self, u: Tensor, out: Tensor | None) -> Tensor:
+        """phi of u, which may be overwritten."""
         raise NotImplementedError
 
     def function_back(self, gradient: Tensor, phi: Tensor) -> Tensor:
@@ -162,8 +165,8 @@ class ProjectedRelu(Projected):
 
     positive = True
 
-    def function(self, u: Tensor) -> Tensor:
-        return u.relu_()
+    def function(self, u: Tensor, out: Tensor | None) -> Tensor:
+        return torch.clamp_min(u, 0.0, out=out)
 
     def function_back(self, gradient: Tensor, phi: Tensor) -> Tensor:
         return torch.ops.aten.threshold_backward(gradient, phi, 0)
@@ -174,8 +177,8 @@ class Fourier(Projected):
 
     per_direction = 2
 
-    def function(self, u: Tensor, *more: Tensor) -> Tensor:
-        return torch.cat([u.cos(), u.sin_(), *more], -1).mul_(u.shape[-1] ** -0.5)
+    def function(self, u: Tensor, out: Tensor | None, *more: Tensor) -> Tensor:
+        return torch.cat([u.cos(), u.sin_(), *more], -1, out=out).mul_(u.shape[-1] ** -0.5)
 
     def function_back(self, gradient: Tensor, phi: Tensor) -> Tensor:
         width = self.omega.shape[1]
@@ -191,9 +194,9 @@ class SmoothedFourier(Fourier):
     def width(cls, formula: Formula, dims: int) -> int:
         return super().width(formula, dims) + 1
 
-    def function(self, u: Tensor, *more: Tensor) -> Tensor:
+    def function(self, u: Tensor, out: Tensor | None, *more: Tensor) -> Tensor:
         constant = u.new_full((), math.sqrt(self.numbers[0] * u.shape[-1]))  # before it is scaled
-        return super().function(u, constant.expand(*u.shape[:-1], 1), *more)
+        return super().function(u, out, constant.expand(*u.shape[:-1], 1), *more)
 
 
 class Hyperbolic(Projected):
@@ -211,21 +214,21 @@ class Hyperbolic(Projected):
         super().__init__(formula, dtype)
         self.constant = math.log2(2 * self.omega.shape[1]) / 2
 
-    def queries(self, x: Tensor, shift: Tensor | None = None) -> Tensor:
+    def queries(self, x: Tensor, shift: Tensor | None = None, out: Tensor | None = None) -> Tensor:
         if shift is None:
-            return self.value(x)
-        return _signs(self.project(x), *shift.chunk(2, -1))
+            return self.value(x, out)
+        return _signs(self.project(x), *shift.chunk(2, -1), out=out)
 
-    def keys(self, x: Tensor) -> Tensor:
+    def keys(self, x: Tensor, out: Tensor | None = None) -> Tensor:
         offset = self._offset(x)
-        return _signs(self.project(x), offset, offset)
+        return _signs(self.project(x), offset, offset, out)
 
     def both(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         of_queries, of_keys = super().both(q, k)
         return of_queries, of_keys + self._offset(k)
 
-    def function(self, u: Tensor) -> Tensor:
-        return torch.cat([u, -u], -1)
+    def function(self, u: Tensor, out: Tensor | None) -> Tensor:
+        return torch.cat([u, -u], -1, out=out)
 
     def _offset(self, x: Tensor) -> Tensor:
         """What keys have in common in all their features."""
@@ -249,15 +252,14 @@ def _exp_(x: Tensor) -> Tensor:
     return x.mul_(LOG2E).exp2_()
 
 
-def _signs(u: Tensor, plus: Tensor, minus: Tensor) -> Tensor:
-    """[plus + u, minus - u]; if there are many rows, in one pass over the memory."""
-    if torch.compiler.is_compiling() or u.numel() <= 8192:
+def _signs(u: Tensor, plus: Tensor, minus: Tensor, out: Tensor | None) -> Tensor:
+    """[plus + u, minus - u]; with memory for it in one pass, which pays for many rows."""
+    if out is None:
         return torch.cat([plus + u, minus - u], -1)
     width = u.shape[-1]
-    both = u.new_empty(*u.shape[:-1], 2 * width)
-    torch.add(plus, u, out=both[..., :width])
-    torch.sub(minus, u, out=both[..., width:])
-    return both
+    torch.add(plus, u, out=out[..., :width])
+    torch.sub(minus, u, out=out[..., width:])
+    return out
 
 
 KINDS: dict[str, type[Kind]] = {

@@ -9,7 +9,6 @@ a view of it and keep its memory layout, which products of matrices work on as f
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -93,19 +92,6 @@ def blocks(start: int, stop: int, chunk: int, most: int) -> Iterator[Block]:
         block = Block(start, chunks, chunk) if chunks else Block(start, 1, stop - start)
         yield block
         start = block.at.stop
-
-
-class Scratch:
-    """Memory that the blocks of a tile use one after the other, by what it is used for."""
-
-    def __init__(self, like: Tensor) -> None:
-        self._like, self._flat = like, dict[str, Tensor]()
-
-    def __call__(self, name: str, *shape: int) -> Tensor:
-        size, flat = math.prod(shape), self._flat.get(name)
-        if flat is None or flat.numel() < size:
-            flat = self._flat[name] = self._like.new_empty(size)
-        return flat[:size].view(shape)
 
 
 def natural(x: Tensor, block: Block, groups: int = 1) -> Tensor:
