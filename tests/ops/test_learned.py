@@ -25,21 +25,22 @@ from fast_transformers.feature_maps import (
 )
 from fast_transformers.ops import Features
 from fast_transformers.ops.call import Settings
-from tests.ops.test_operators import MAPS
-from tests.ops.test_triton import (
+from tests.ops.kernels import (
     DEVICE,
     FUNCTIONS,
+    MARKS,
+    OPERATORS,
     E,
-    _short_segments,  # noqa: F401  for all tests here, too
     check,
     make,
-    pytestmark,  # noqa: F401
+    short_segments,  # noqa: F401  for all tests here
 )
+from tests.ops.test_operators import MAPS
 from tests.support import assert_as_accurate, differentiate
 from tests.test_compile import compiled
 
 PROJECTED = ["projected_relu", "fourier", "smoothed_fourier", "hyperbolic"]
-OPERATORS = torch.ops.fast_transformers
+pytestmark = MARKS
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 

@@ -97,6 +97,18 @@ def walker(map):
     )
 
 
+@triton.jit
+def finish(
+    end_sums, prefix, pid, block, part, column, kv, z, shift, map,
+    M: tl.constexpr, STORE: tl.constexpr,
+):  # fmt: skip
+    """Store the last sums where they are wanted."""
+    if end_sums.kv is not None:
+        store_sums(end_sums, pid, block, part, column, kv, z, shift, map, M)
+        if not STORE and prefix.kv is not None:
+            store_sums(prefix, pid, block, part, column, kv, z, shift, map, M)
+
+
 @triton.jit(do_not_specialize=["length", "heads", "parts", "size", "mask_n"])
 def walk_keys(
     k, v, mask, mask_n, length, heads, table, parts, size, start_sums, prefix, flags, end_sums,
@@ -129,10 +141,7 @@ def walk_keys(
             phi, rows, None, kv, z, shift, prefix, flags, index, block, part, column, map, M,
             EXPONENTIAL, STORE,
         )  # fmt: skip
-    if end_sums.kv is not None:
-        store_sums(end_sums, pid, block, part, column, kv, z, shift, map, M)
-        if not STORE and prefix.kv is not None:
-            store_sums(prefix, pid, block, part, column, kv, z, shift, map, M)
+    finish(end_sums, prefix, pid, block, part, column, kv, z, shift, map, M, STORE)
 
 
 @triton.jit(do_not_specialize=["length", "heads", "parts", "size"])
@@ -170,7 +179,4 @@ def walk_queries(
             p, rows, deltas, kv, z, shift, prefix, flags, index, block, part, column, map, M,
             EXPONENTIAL, STORE,
         )  # fmt: skip
-    if end_sums.kv is not None:
-        store_sums(end_sums, pid, block, part, column, kv, z, shift, map, M)
-        if not STORE and prefix.kv is not None:
-            store_sums(prefix, pid, block, part, column, kv, z, shift, map, M)
+    finish(end_sums, prefix, pid, block, part, column, kv, z, shift, map, M, STORE)
