@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .processor import mkl_is_slow
 from .products import product
 
 LOG2E = math.log2(math.e)
@@ -133,14 +134,15 @@ class Projected(Kind):
         assert formula.projection is not None
         return cls.per_direction * formula.projection.shape[1]
 
-    def project(self, x: Tensor) -> Tensor:
-        """u; whatever is smaller is scaled, the one token of a step or the projection."""
+    def project(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+        """u, perhaps in ``out``; whatever is smaller is scaled, the one token of a step or the
+        projection."""
         scaled = self._scaled
         if scaled is None:
             if x.numel() < self.omega.numel():
-                return product(x * self.scale, self.omega)
+                return product(x * self.scale, self.omega, out)
             scaled = self._scaled = (self.omega.mT * self.scale).contiguous().mT
-        return product(x, scaled)
+        return product(x, scaled, out)
 
     def project_back(self, gradient: Tensor) -> Tensor:
         return product(gradient, self.omega.mT).mul_(self.temp**0.5)
@@ -164,6 +166,9 @@ class ProjectedRelu(Projected):
     """relu(u)."""
 
     positive = True
+
+    def value(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+        return self.function(self.project(x, out), out)
 
     def function(self, u: Tensor, out: Tensor | None) -> Tensor:
         return torch.clamp_min(u, 0.0, out=out)
@@ -245,9 +250,8 @@ class Hyperbolic(Projected):
 
 
 def _exp_(x: Tensor) -> Tensor:
-    """e^x in place. For many elements a power of 2: it takes a third of the time of exp on CPUs
-    that MKL does not know; for few the multiplication takes longer than that saves."""
-    if not torch.compiler.is_compiling() and x.numel() <= 4096:
+    """e^x in place; many elements as powers of 2, where those take a third of the time."""
+    if torch.compiler.is_compiling() or x.numel() <= 4096 or not mkl_is_slow():
         return x.exp_()
     return x.mul_(LOG2E).exp2_()
 

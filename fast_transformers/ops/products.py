@@ -7,45 +7,30 @@ is no such choice for batches of small products, for which a call of oneDNN take
 
 from __future__ import annotations
 
-import platform
-from functools import cache
-from pathlib import Path
-
 import torch
 from torch import Tensor
+
+from .processor import onednn_is_faster
 
 ROWS = 256  # fewest that are worth the call
 
 
-def product(x: Tensor, weights: Tensor) -> Tensor:
-    """x (..., E) times weights (E, K), of which the transpose is best contiguous."""
-    if x.ndim == 4 and not x.is_contiguous():  # a slice of a sequence: tokens before heads
-        return product(x.transpose(1, 2).contiguous(), weights).transpose(1, 2)
-    across = weights.mT
-    rows = x.numel() // max(x.shape[-1], 1)
+def product(x: Tensor, weights: Tensor, out: Tensor | None = None) -> Tensor:
+    """x (..., E) times weights (E, K), of which the transpose is best contiguous.
+
+    The result is contiguous: what comes next is slow where every row is a page from the next. It
+    may be in ``out`` (..., K), if that is given; oneDNN takes memory of its own.
+    """
+    rows, across = x.reshape(-1, x.shape[-1]), weights.mT
     if (
-        rows < ROWS
-        or x.dtype != torch.float32
-        or x.device.type != "cpu"
-        or not across.is_contiguous()
-        or torch.compiler.is_compiling()
-        or not _onednn_is_faster()
+        len(rows) >= ROWS
+        and x.dtype == torch.float32
+        and x.device.type == "cpu"
+        and across.is_contiguous()
+        and not torch.compiler.is_compiling()
+        and onednn_is_faster()
     ):
-        return x @ weights
-    return torch.ops.mkldnn._linear_pointwise(x, across, None, "none", [], "")
-
-
-@cache
-def _onednn_is_faster() -> bool:
-    """Asked once a process, so that one machine always adds in one order."""
-    if not (torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()):
-        return False
-    return torch.backends.cpu.get_cpu_capability() == "AVX512" and "AuthenticAMD" in _cpu()
-
-
-def _cpu() -> str:
-    """What says whose the processor is."""
-    try:
-        return Path("/proc/cpuinfo").read_text()
-    except OSError:  # not Linux
-        return platform.processor()
+        found = torch.ops.mkldnn._linear_pointwise(rows, across, None, "none", [], "")
+    else:
+        found = torch.mm(rows, weights, out=None if out is None else out.view(-1, out.shape[-1]))
+    return found.view(*x.shape[:-1], weights.shape[1])

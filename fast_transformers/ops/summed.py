@@ -42,6 +42,13 @@ def _chunks(length: int, call: Call, sums: Sums, what: str) -> Iterator[Block]:
     return paced(blocks(0, length, chunk, chunk), sums.kv, what, *sums.kv.shape, chunk)
 
 
+def _room(room: Tensor | None, sums: Sums, block: Block, groups: int = 1) -> Tensor:
+    """Memory for the features of a block: that of the block before, if they are as many."""
+    heads, features = sums.z.shape
+    shape = block.t, heads, groups * block.c, features
+    return sums.z.new_empty(shape) if room is None or room.shape != shape else room
+
+
 def allocate_state(call: Call, k: Tensor, v: Tensor) -> Triple:
     """The sums before the first of these keys."""
     features = width(call.features, k, call.dtype)
@@ -59,8 +66,10 @@ def accumulate(
         k_tile, v_tile = tile.of(k), tile.of(v)
         keys = call.encoder(of_keys=True, mask=tile.of_mask(key_mask))
         sums = Sums.of_tile(final, tile)
+        room = None
         for block in _chunks(length, call, sums, "accumulate"):
-            kappa = sums.enter(keys(k_tile, block))
+            room = _room(room, sums, block)
+            kappa = sums.enter(keys(k_tile, block, out=room))
             assert kappa is not None
             sums.absorb(kappa, keys.rows(v_tile, block))
         sums.write(final, tile)
@@ -112,12 +121,14 @@ def attend(call: Call, q: Tensor, state: Triple) -> tuple[Tensor, Tensor]:
         q_tile, out_tile, norm_tile = (tile.of(x, groups) for x in (q, out, norm))
         queries = call.encoder(groups=groups)
         sums = Sums.of_tile(state, tile)
+        room = None
         for block in _chunks(length, call, sums, "attend"):
-            p, offset = queries(q_tile, block, sums.shift), None
+            room = _room(room, sums, block, groups)
+            p, offset = queries(q_tile, block, sums.shift, room), None
             check_widths(p.shape[-1], sums.z.shape[-1])
             if sums.shift is not None:
                 p, offset = query_factors(p)
-            denominator = (p * sums.z[:, None]).sum(-1, keepdim=True)
+            denominator = torch.matmul(p, sums.z[..., None])
             factor = factor_of(denominator, *call.lift(seen=False))
             scale_into(out_tile, block, torch.bmm(p[0], sums.kv)[None], factor, groups)
             if call.settings.keep:
