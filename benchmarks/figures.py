@@ -49,7 +49,7 @@ def draw_panels(
     import matplotlib
 
     matplotlib.use("agg")
-    from matplotlib import pyplot
+    from matplotlib import pyplot, ticker
 
     columns = min(len(panels), 4)
     rows = -(-len(panels) // columns)
@@ -69,11 +69,15 @@ def draw_panels(
         axes.set_yscale("log")
         axes.set_title(title, fontsize=9)
         axes.grid(alpha=0.3)
-        axes.tick_params(labelsize=8)
+        axes.tick_params(labelsize=8, which="both")
     for axes in grid.flat[len(panels) :]:
         axes.remove()
     for axes in grid[:, 0]:
         axes.set_ylabel(label, fontsize=9)
+        plain = ticker.StrMethodFormatter("{x:,g}")
+        low, high = axes.get_ylim()
+        axes.yaxis.set_major_formatter(plain)
+        axes.yaxis.set_minor_formatter(plain if high < 10 * low else ticker.NullFormatter())
     figure.supxlabel("length N", fontsize=9)
     figure.legend(lines.values(), lines, loc="upper center", ncols=3, fontsize=8, frameon=False)
     figure.tight_layout(rect=(0, 0, 1, 1 - 0.6 / (3.1 * rows + 0.7)))
