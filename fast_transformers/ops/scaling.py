@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 
 SLACK = 10.0  # powers of 2 by which keys may exceed the shift
-NEAR = 40.0  # powers of 2 between 1 and the largest factors of queries that need no offset
 
 
 def lowest(dtype: torch.dtype) -> float:
@@ -70,14 +69,9 @@ def _gap(a: Tensor, top: Tensor, shift: Tensor, masked: bool) -> float:
 
 
 def query_factors(b: Tensor) -> tuple[Tensor, Tensor]:
-    """2^(b - offset) and the offset (T, G, C, 1), for b that include the shift of the keys.
-
-    On a CPU, where that is a pass over the features, nothing is taken out if there is no need.
-    """
-    offset = b.amax(-1, keepdim=True)
-    if b.device.type == "cpu" and offset.numel() and float(offset.abs().amax()) <= NEAR:
-        return b.exp2_(), offset.zero_()
-    return b.sub_(offset.clamp_(min=lowest(b.dtype))).exp2_(), offset
+    """2^(b - offset) and the offset (T, G, C, 1), for b that include the shift of the keys."""
+    offset = b.amax(-1, keepdim=True).clamp_(min=lowest(b.dtype))
+    return b.sub_(offset).exp2_(), offset
 
 
 def factor_of(denominator: Tensor, eps: float, positive: bool) -> Tensor:

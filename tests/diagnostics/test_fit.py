@@ -49,20 +49,24 @@ def test_the_loss_is_the_divergence_of_the_report(spec) -> None:
     ],
 )
 def test_a_fitted_map_is_better_on_other_examples(spec, factor) -> None:
-    (q, k), other = real_like(1), real_like(2)
-    torch.manual_seed(0)
-    feature_map = parse_feature_map(spec)(16)
-    feature_map.calibrate(q, k)
-    before = attention_report({"map": feature_map}, *other, draws=1)["map"].kl
-    omega = [b.clone() for n, b in feature_map.named_buffers() if n.endswith("omega")]
-    state = torch.get_rng_state()
-    assert fit(feature_map, q, k, steps=100) is feature_map
-    after = attention_report({"map": feature_map}, *other, draws=1)["map"].kl
-    assert float(after) < factor * float(before)
-    assert not feature_map.training
-    now = [b for n, b in feature_map.named_buffers() if n.endswith("omega")]
-    assert all(torch.equal(a, b) for a, b in zip(omega, now, strict=True))
-    assert torch.equal(state, torch.get_rng_state())
+    """In the mean of eight draws, which are not the same on every CPU."""
+    ratios = []
+    for seed in range(8):
+        (q, k), other = real_like(2 * seed), real_like(2 * seed + 1)
+        torch.manual_seed(seed)
+        feature_map = parse_feature_map(spec)(16)
+        feature_map.calibrate(q, k)
+        before = attention_report({"map": feature_map}, *other, draws=1)["map"].kl
+        omega = [b.clone() for n, b in feature_map.named_buffers() if n.endswith("omega")]
+        state = torch.get_rng_state()
+        assert fit(feature_map, q, k, steps=200) is feature_map
+        after = attention_report({"map": feature_map}, *other, draws=1)["map"].kl
+        ratios.append(float(after) / float(before))
+        assert not feature_map.training
+        now = [b for n, b in feature_map.named_buffers() if n.endswith("omega")]
+        assert all(torch.equal(a, b) for a, b in zip(omega, now, strict=True))
+        assert torch.equal(state, torch.get_rng_state())
+    assert sum(ratios) / len(ratios) < factor, ratios
 
 
 STATISTICS = [
