@@ -134,10 +134,11 @@ class Encoder:
     def _evaluate(
         self, kind: Kind, rows: Tensor, shift: Tensor | None, out: Tensor | None = None
     ) -> Tensor:
+        assert self._features.formula is not None
+        width = kind.width(self._features.formula, rows.shape[-1])
         if out is None:
-            assert self._features.formula is not None
-            width = kind.width(self._features.formula, rows.shape[-1])
             out = rows.new_empty(*rows.shape[:-1], width)
+        check_widths(width, out.shape[-1])
         if self._of_keys:
             return kind.keys(rows, out)
         return kind.queries(rows, None if shift is None else shift[:, None], out)

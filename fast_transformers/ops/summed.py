@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from .call import Call
-from .checks import check_widths
 from .encode import width
 from .layout import (
     BLOCK,
@@ -125,7 +124,6 @@ def attend(call: Call, q: Tensor, state: Triple) -> tuple[Tensor, Tensor]:
         for block in _chunks(length, call, sums, "attend"):
             room = _room(room, sums, block, groups)
             p, offset = queries(q_tile, block, sums.shift, room), None
-            check_widths(p.shape[-1], sums.z.shape[-1])
             if sums.shift is not None:
                 p, offset = query_factors(p)
             denominator = torch.matmul(p, sums.z[..., None])

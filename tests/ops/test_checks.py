@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from fast_transformers import ops
+from fast_transformers.feature_maps import elu_feature_map, features_of
 from tests.support import exponential_features, make_qkv, positive_features
 
 
@@ -45,6 +46,9 @@ def test_widths_of_query_and_key_features() -> None:
         for impl in ("chunked", "reference", "recurrent"):
             with pytest.raises(ValueError, match=r"same number of features, got 4 .* and 8"):
                 function(*make_qkv(3), features, impl=impl)
+            q, k, v = make_qkv(3)
+            with pytest.raises(ValueError, match=r"same number of features, got 8 .* and 4"):
+                function(q, k[..., :4], v, features_of(elu_feature_map(8)), impl=impl)
 
 
 @pytest.mark.parametrize("impl", ["chunked", "reference", "recurrent"])

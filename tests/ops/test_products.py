@@ -37,3 +37,8 @@ def test_product(rows, weights, dtype, monkeypatch) -> None:
     found = products.product(x, w)
     assert found.dtype == dtype
     torch.testing.assert_close(found, x @ w)
+    assert found.is_contiguous()
+    monkeypatch.setattr(products, "onednn_is_faster", lambda: False)
+    out = torch.full_like(found, torch.nan)
+    assert products.product(x, w, out).data_ptr() == out.data_ptr()
+    torch.testing.assert_close(out, x @ w)
