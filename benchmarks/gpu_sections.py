@@ -267,7 +267,7 @@ def training_step(options: dict[str, Any]) -> Callable[[], Tensor]:
         optimiser.zero_grad()
         return loss
 
-    loss = float(step())
+    loss = float(step().detach())
     if not loss < float("inf"):
         raise ArithmeticError(f"the loss is {loss}")
     return step
