@@ -126,7 +126,8 @@ def attend(call: Call, q: Tensor, state: Triple) -> tuple[Tensor, Tensor]:
             p, offset = queries(q_tile, block, sums.shift, room), None
             if sums.shift is not None:
                 p, offset = query_factors(p)
-            denominator = torch.matmul(p, sums.z[..., None])
+            # a row times the transpose takes MKL half the time of a product with a column
+            denominator = torch.matmul(sums.z[:, None], p.mT).mT
             factor = factor_of(denominator, *call.lift(seen=False))
             scale_into(out_tile, block, torch.bmm(p[0], sums.kv)[None], factor, groups)
             if call.settings.keep:
