@@ -8,24 +8,27 @@ import torch
 from torch import Tensor
 
 from ..ops.choose import exporting
+from ..ops.features import transforming
 from .base import FeatureMap, widen
 from .projections import check_projection, draw_
 
 
-@torch.library.custom_op(
-    "fast_transformers::redraw",
-    mutates_args=("omega", "calls", "known"),
-    schema="(Tensor(a!) omega, Tensor(b!) calls, Tensor(c!) known, Tensor seed, int stream, "
-    "int every, str projection, int parts) -> ()",
-)
 def redraw_(
     omega: Tensor, calls: Tensor, known: Tensor, seed: Tensor, stream: int, every: int,
     projection: str, parts: int
 ) -> None:  # fmt: skip
-    """Count a call and draw, if it is time to; an operator, so that compiled models redraw.
+    """Count a call and draw, if it is time to.
 
     ``calls`` and ``known``, which remembers the seed, are on the CPU: a device is asked once.
     """
+    redraw = _operator if torch.compiler.is_compiling() or transforming() else _redraw
+    redraw(omega, calls, known, seed, stream, every, projection, parts)
+
+
+def _redraw(
+    omega: Tensor, calls: Tensor, known: Tensor, seed: Tensor, stream: int, every: int,
+    projection: str, parts: int
+) -> None:  # fmt: skip
     n = int(calls)
     if n and n % every == 0:  # call 0 uses what was drawn first, or loaded
         if known < 0:
@@ -35,7 +38,17 @@ def redraw_(
     calls += 1
 
 
-@redraw_.register_fake
+# an operator, which compilers and torch.func leave alone; its call takes a quarter of a draw
+_operator = torch.library.custom_op(
+    "fast_transformers::redraw",
+    _redraw,
+    mutates_args=("omega", "calls", "known"),
+    schema="(Tensor(a!) omega, Tensor(b!) calls, Tensor(c!) known, Tensor seed, int stream, "
+    "int every, str projection, int parts) -> ()",
+)
+
+
+@_operator.register_fake
 def _(*_: Any) -> None:
     return None
 

@@ -172,6 +172,25 @@ def test_draws_depend_on_the_seed_alone() -> None:
     assert not torch.equal(first, Favor(8).omega)
 
 
+def test_gradients_of_samples_draw_what_a_training_step_draws() -> None:
+    """Inside torch.func, which allows no random numbers and no writing to what it did not give."""
+    feature_map, x = Favor(8, generator=0), torch.randn(3, 5, 8)
+    other = copy.deepcopy(feature_map)
+
+    def value(x: torch.Tensor) -> torch.Tensor:
+        feature_map.new_feature_map()
+        return feature_map.forward_keys(x).sum()
+
+    for _ in range(3):
+        gradients = torch.func.vmap(torch.func.grad(value))(x)
+        other.new_feature_map()
+        assert torch.equal(feature_map.omega, other.omega)
+        given = x.clone().requires_grad_()
+        other.forward_keys(given).sum().backward()
+        torch.testing.assert_close(gradients, given.grad)
+    assert int(feature_map.calls) == 3
+
+
 def test_copies_redraw_alike() -> None:
     a = Favor(8)
     b = copy.deepcopy(a)
