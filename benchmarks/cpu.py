@@ -57,6 +57,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help="who takes part in whole sequences; all by default")  # fmt: skip
     parser.add_argument("--limit", type=float, metavar="SECONDS",
                         help="skip longer calls; 4 by default, 1 if quick")  # fmt: skip
+    parser.add_argument("--repeat", type=int, default=1, metavar="K",
+                        help="K times as many measurements, for a machine whose speed changes "
+                        "from one second to the next")  # fmt: skip
     parser.add_argument("--peers", type=Path, default=PEERS, metavar="ENVIRONMENT",
                         help="made by the command older-library (%(default)s)")  # fmt: skip
     parser.add_argument("--out", type=Path, metavar="FOLDER",
@@ -78,6 +81,7 @@ def settings(args: argparse.Namespace) -> Settings:
         minutes=3.0 if quick else 25.0,
         largest=LARGEST,
         quick=quick,
+        repeat=max(args.repeat, 1),
         peers=args.peers,
         contenders=[c for c in CONTENDERS if _short(c) in args.contenders],
     )

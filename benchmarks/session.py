@@ -30,6 +30,7 @@ class Settings:
         minutes: of the whole run; when they run out, shorter calls are skipped, too.
         largest: skip batches of more tokens.
         quick: fewer rounds.
+        repeat: how many times as many rounds, for a machine whose speed changes all the time.
         peers: environment of the older library and performer-pytorch.
         contenders: who takes part in attention over whole sequences.
     """
@@ -42,6 +43,7 @@ class Settings:
     minutes: float
     largest: int
     quick: bool
+    repeat: int
     peers: Path
     contenders: list[Contender]
 
@@ -66,6 +68,12 @@ class Session(AbstractContextManager["Session"]):
     _start: float = field(default_factory=time.monotonic)
     _workers: dict[str, Worker] = field(default_factory=dict)
     _stack: ExitStack = field(default_factory=ExitStack)
+
+    def rounds(self, seconds: float) -> int:
+        """How often a call of this length is measured."""
+        if self.settings.quick or seconds > 0.5:
+            return 3 * self.settings.repeat
+        return (5 if seconds > 0.1 else 7) * self.settings.repeat
 
     @property
     def limit(self) -> float:

@@ -83,11 +83,6 @@ class Timed:
         }
 
 
-def rounds_for(seconds: float, quick: bool) -> int:
-    """How often a call of this length is measured."""
-    return 3 if quick or seconds > 0.5 else 5 if seconds > 0.1 else 7
-
-
 def interleave(
     timed: Iterable[Timed], rounds: int | Mapping[str, int], patience: float = 30.0
 ) -> None:

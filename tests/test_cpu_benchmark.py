@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 
@@ -36,3 +37,13 @@ def test_refuses_whoever_is_wrong(monkeypatch, capsys) -> None:
     for name in ("ours, elu+1", "ours, Favor 256", "SDPA"):
         assert f"WRONG: values of {name}, causal, forward, 2 x 200" in out
     assert "WRONG: values of the model" in out
+
+
+def test_repeat_multiplies_the_measurements(monkeypatch, tmp_path) -> None:
+    flags = ["--quick", "--lengths", "512", "--contenders", "SDPA", "--passes", "forward"]
+    flags += ["--only", "causal", "--repeat", "2", "--out", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["benchmarks", "cpu", *flags])
+    assert main() == 0
+    (log,) = tmp_path.glob("*.jsonl")
+    lines = map(json.loads, log.read_text().splitlines())
+    assert [len(line["cpu"]) for line in lines if "calls" in line] == [6]

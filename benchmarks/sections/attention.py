@@ -13,7 +13,7 @@ from .. import correctness
 from ..contenders import NOT_MEASURED, Contender
 from ..processes import WorkerError
 from ..session import Session
-from ..timing import Timed, interleave, rounds_for
+from ..timing import Timed, interleave
 
 PROBE = 1024  # tokens whose time tells whether a first, longer length can be measured at all
 
@@ -106,7 +106,6 @@ def _is_right(session: Session, contender: Contender, causal: bool) -> bool:
 
 
 def _measure_case(session: Session, contenders: list[Contender], case: Case, known: Known) -> None:
-    quick = session.settings.quick
     timed: dict[Contender, Timed] = {}
     rounds: dict[str, int] = {}
     for contender in contenders:
@@ -127,7 +126,7 @@ def _measure_case(session: Session, contenders: list[Contender], case: Case, kno
             session.fail(case.section, wrong, **fields)
             continue
         seconds = one.plan(first)
-        timed[contender], rounds[one.job] = one, rounds_for(seconds, quick)
+        timed[contender], rounds[one.job] = one, session.rounds(seconds)
     interleave(timed.values(), rounds)
     for contender, one in timed.items():
         summary = one.summary()

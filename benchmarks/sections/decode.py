@@ -8,7 +8,7 @@ from typing import Any
 from ..contenders import CONTENDERS, ELU, FAVOR, SDPA, Contender, map_options
 from ..correctness import disagreements
 from ..session import Session
-from ..timing import Timed, interleave, rounds_for
+from ..timing import Timed, interleave
 from ..worker.jobs import TAIL
 
 BATCHES = [1, 4, 16]
@@ -81,7 +81,7 @@ def _one_batch(session: Session, batch: int) -> None:
         one = Timed(worker, step.name)
         one.plan()
         timed.append((case, one))
-    interleave([one for _, one in timed], rounds_for(0.0, session.settings.quick))
+    interleave([one for _, one in timed], session.rounds(0.0))
     for case, one in timed:
         session.log.add("decode", **case | one.summary())
     session.release()

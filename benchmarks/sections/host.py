@@ -7,7 +7,7 @@ from contextlib import nullcontext
 from ..contenders import CONTENDERS, ELU, FAVOR, OURS, Contender
 from ..processes import Worker, busy_process
 from ..session import Session
-from ..timing import Timed, interleave, rounds_for
+from ..timing import Timed, interleave
 from ..worker.jobs import DIM, HEADS
 from .attention import checked
 
@@ -58,7 +58,7 @@ def products(session: Session) -> None:
         timed = {n: Timed(worker, n, threads) for n in [*PRODUCTS, *(c.name for c in ours)]}
         for one in timed.values():
             one.plan()
-        interleave(timed.values(), rounds_for(0.0, session.settings.quick))
+        interleave(timed.values(), session.rounds(0.0))
         flops = {name: 2 * s["batch"] * s["size"] ** 3 for name, s in PRODUCTS.items()}
         flops |= {OURS[map]: count for map, count in FLOPS.items()}
         for name, one in timed.items():
@@ -89,7 +89,7 @@ def neighbour(session: Session) -> None:
                         one.measure()
                         one.readings.clear()
                         timed.append(one)
-                    rounds = rounds_for(0.2, session.settings.quick)
+                    rounds = session.rounds(0.2)
                     interleave(timed, rounds, patience=5 if session.settings.quick else 15)
                 for one in timed:
                     fields = {"contender": one.job, "busy": busy, "length": LENGTH}
@@ -127,7 +127,7 @@ def idle_workers(session: Session) -> None:
                 others = [Timed(_prepare(session, p), p.name, threads) for p in peers]
                 for other in others:
                     other.worker.ask("threads", count=threads)
-            interleave([*others, one], rounds_for(0.0, session.settings.quick))
+            interleave([*others, one], session.rounds(0.0))
             readings[beside].append(one)
         for beside, parts in readings.items():
             merged = parts[0]

@@ -10,7 +10,7 @@ from fast_transformers.feature_maps import elu_feature_map, features_of
 
 from ..contenders import CONTENDERS, FAVOR, OURS
 from ..session import Session
-from ..timing import Timed, interleave, rounds_for
+from ..timing import Timed, interleave
 from ..worker.jobs import DIM, TAIL
 from ..worker.model import LAYERS, LENGTH, make_model, replace_attention
 from ..worker.ours import FEATURES
@@ -37,7 +37,7 @@ def redraw(session: Session) -> None:
             timed[length] = Timed(worker, str(length), threads)
         for one in timed.values():
             one.plan()
-        interleave(timed.values(), rounds_for(0.2, session.settings.quick))
+        interleave(timed.values(), session.rounds(0.2))
         cost = timed.pop(0).summary()
         for length, one in timed.items():
             step = one.summary()
@@ -63,7 +63,7 @@ def model(session: Session) -> None:
         timed = {part: Timed(worker, part, threads) for part in PARTS}
         for one in timed.values():
             one.plan()
-        interleave(timed.values(), rounds_for(0.2, session.settings.quick))
+        interleave(timed.values(), session.rounds(0.2))
         parts = {part: one.summary() for part, one in timed.items()}
         whole, rest, attention = (parts[part]["seconds"] for part in PARTS)
         ratio = whole / (rest + LAYERS * attention)
