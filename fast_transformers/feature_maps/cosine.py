@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..ops.choose import exporting
+from ..ops.features import transforming
 from .adapt import build_feature_map
 from .base import relu_feature_map
 from .wrappers import Factory, Wrapper
@@ -57,13 +58,15 @@ class CosReweight(Wrapper):
             start: position of the first token, or (N, L) positions of all.
 
         Raises:
-            ValueError: for positions beyond ``max_length``.
+            ValueError: for positions beyond ``max_length``. Positions in tensors are looked at on
+                a CPU only, and not inside compiled models, since the host would have to wait.
         """
         length = x.shape[1]
-        if not exporting() and isinstance(start, int) and start + length > self.max_length:
+        last = _last(start, length)
+        if last is not None and last >= self.max_length:
             raise ValueError(
-                f"CosReweight was made for {self.max_length} tokens, got position "
-                f"{start + length - 1}; make it with a larger max_length"
+                f"CosReweight was made for {self.max_length} tokens, got position {last}; make it "
+                "with a larger max_length"
             )
         dtype = torch.promote_types(x.dtype, torch.float32)
         if isinstance(start, Tensor) and start.ndim == 2:
@@ -110,6 +113,18 @@ class CosReweight(Wrapper):
     def relative_variance(self, x: Tensor, y: Tensor) -> Tensor:
         """That of the inner map: the factors are exact."""
         return self.inner.relative_variance(self._split(x)[0], self._split(y)[0])
+
+
+def _last(start: int | Tensor, length: int) -> int | None:
+    """The largest position, if it can be known at once."""
+    if exporting():
+        return None
+    if isinstance(start, int):
+        return start + length - 1
+    hidden = torch.compiler.is_compiling() or transforming() or start.device.type != "cpu"
+    if hidden or not start.numel():
+        return None
+    return int(start.max()) + (0 if start.ndim == 2 else length - 1)
 
 
 def _both(features: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+from fast_transformers.attention import LinearAttention
 from fast_transformers.feature_maps import (
     DPFP,
     ActivationFunctionFeatureMap,
@@ -26,6 +27,7 @@ from fast_transformers.feature_maps import (
     elu_feature_map,
 )
 from fast_transformers.feature_maps.dense import optimal_a
+from fast_transformers.masking import FullMask, LengthMask
 
 
 def normal(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -209,8 +211,23 @@ def test_cosine_weights_use_the_length_that_they_were_made_for() -> None:
     torch.testing.assert_close(both, elu(x[0, :, 0, :8]) @ elu(y[0, :, 0, :8]).mT * cosine)
     with pytest.raises(ValueError, match="made for 20 tokens, got position 20"):
         feature_map.add_positions(x[:, :1, :, :8], 20)
+    with pytest.raises(ValueError, match="got position 20"):
+        feature_map.add_positions(x[:, :1, :, :8], torch.tensor(20))
     with pytest.raises(ValueError, match=r"cosine and sine.*call add_positions\(x\) first"):
         feature_map.forward_keys(x[..., :8])
+
+
+def test_cosine_weights_of_padded_sequences_refuse_what_is_too_long() -> None:
+    """Weights beyond would be negative. What a mask leaves out has no position."""
+    attention = LinearAttention(8, CosReweight.factory(max_length=4))
+    q, k, v = (x.float() for x in normal(3, 2, 6, 1, 8))
+    everything, four = (
+        LengthMask(torch.tensor([6, 2])),
+        LengthMask(torch.tensor([4, 2]), max_len=6),
+    )
+    attention(q, k, v, FullMask(6), four, four)
+    with pytest.raises(ValueError, match="made for 4 tokens, got position 5"):
+        attention(q, k, v, FullMask(6), everything, everything)
 
 
 def test_relu_features_estimate_the_arc_cosine_kernel() -> None:
