@@ -150,6 +150,20 @@ def test_two_runs_are_the_same_to_the_bit(function) -> None:
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("width", [36, 45, 48])
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_rows_of_features_that_begin_anywhere(function, width) -> None:
+    """Rows of 45 numbers of 2 bytes are aligned to nothing; the first launch is as any other."""
+    inputs = make(12, N=3, E=width, M=8, dtype=torch.bfloat16, positive=True)
+    attend = partial(FUNCTIONS[function], features=features("identity"))
+    run = partial(attend, impl="triton")
+    first, *others = (differentiate(run, inputs) for _ in range(4))
+    for other in others:
+        for a, b in zip(first, other, strict=True):
+            assert torch.equal(a, b)
+    check(attend, inputs)
+
+
 @pytest.mark.parametrize("function", FUNCTIONS)
 def test_common_factors_cancel(function) -> None:
     """What multiplies all features of a query, or of all keys, does not change the values."""
