@@ -43,6 +43,13 @@ LARGEST = 2**16  # tokens of a batch
 RESULTS = Path(__file__).parent / "results"
 
 
+def count(text: str) -> int:
+    """A number for an option that counts."""
+    if (number := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"expected 1 or more, got {number}")
+    return number
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``python -m benchmarks cpu``."""
     parser.add_argument("--quick", action="store_true", help="two lengths and few rounds")
@@ -57,7 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help="who takes part in whole sequences; all by default")  # fmt: skip
     parser.add_argument("--limit", type=float, metavar="SECONDS",
                         help="skip longer calls; 4 by default, 1 if quick")  # fmt: skip
-    parser.add_argument("--repeat", type=int, default=1, metavar="K",
+    parser.add_argument("--repeat", type=count, default=1, metavar="K",
                         help="K times as many measurements, for a machine whose speed changes "
                         "from one second to the next")  # fmt: skip
     parser.add_argument("--peers", type=Path, default=PEERS, metavar="ENVIRONMENT",
@@ -78,10 +85,10 @@ def settings(args: argparse.Namespace) -> Settings:
         threads=args.threads or ([1] if quick else [1, 2]),
         passes=args.passes,
         limit=args.limit or (1.0 if quick else 4.0),
-        minutes=3.0 if quick else 25.0,
+        minutes=(3.0 if quick else 25.0) * args.repeat,
         largest=LARGEST,
         quick=quick,
-        repeat=max(args.repeat, 1),
+        repeat=args.repeat,
         peers=args.peers,
         contenders=[c for c in CONTENDERS if _short(c) in args.contenders],
     )
