@@ -111,13 +111,15 @@ def _version(name: str) -> str:
 
 
 def _ptxas() -> str:
-    """Version of the assembler that Triton's kernels go through."""
+    """Version of the assembler that the kernels go through."""
     try:
-        from triton.knobs import nvidia
+        from .ops.triton.assembler import assembler
 
-        return nvidia.ptxas.version
-    except (ImportError, RuntimeError):
+        return assembler().version
+    except ImportError:
         return "not available: it comes with Triton"
+    except RuntimeError as e:
+        return str(e)
 
 
 def _steps() -> Iterator[str]:

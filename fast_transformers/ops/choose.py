@@ -21,6 +21,7 @@ FORMS = {
     "exported": "ordinary operations in one graph; for torch.export and ONNX",
 }
 OLDEST_TRITON = (3, 4)
+OLDEST_SOUND = (3, 6)  # that carries an assembler which gets kernels right
 CAPABILITY = 9  # of Hopper, the one the tiles were measured on; many others have less memory
 MOST_DIMS, MOST_FEATURES = 256, 512  # of the kernels
 MOST_DIMS_FLOAT32 = 128  # of those whose factors take twice the memory
@@ -48,22 +49,39 @@ def exporting() -> bool:
     return getattr(torch.compiler, "_is_exporting_flag", False)
 
 
+def _older(than: tuple[int, int]) -> str | None:
+    """The version of Triton if it is older; None of a build of another name, too."""
+    try:
+        version = metadata.version("triton")
+    except metadata.PackageNotFoundError:
+        return None
+    return version if tuple(map(int, re.findall(r"\d+", version)[:2])) < than else None
+
+
 def _missing() -> str | None:
     """What is not installed, found without importing it."""
     if find_spec(f"{__package__}.triton") is None:
         return "this installation comes without the kernels"
     if find_spec("triton") is None:
         return "Triton is not installed"
-    try:
-        version = metadata.version("triton")
-    except metadata.PackageNotFoundError:  # a build of another name
-        return None
-    if tuple(map(int, re.findall(r"\d+", version)[:2])) < OLDEST_TRITON:
+    version = _older(OLDEST_TRITON)
+    if version is not None:
         return f"Triton {version} is too old, kernels need {OLDEST_TRITON[0]}.{OLDEST_TRITON[1]}"
     return None
 
 
-MISSING = _missing()  # once, where no compiler looks
+def _unsound() -> str | None:
+    """Why machine code of the kernels would be wrong, see ``triton/assembler.py``."""
+    version = None if "TRITON_PTXAS_PATH" in os.environ else _older(OLDEST_SOUND)
+    if version is None:
+        return None
+    return (
+        f"the assembler in Triton {version} gets kernels wrong; install Triton "
+        f"{OLDEST_SOUND[0]}.{OLDEST_SOUND[1]}, or set TRITON_PTXAS_PATH to the ptxas of CUDA 12.9"
+    )
+
+
+MISSING, UNSOUND = _missing(), _unsound()  # once, where no compiler looks
 
 
 UNFIT: dict[int | None, str | None] = {}  # what was found: asking takes as long as a kernel
@@ -133,7 +151,7 @@ def _not_installed(device: torch.device) -> str | None:
         return None
     if device.type != "cuda":
         return f"the tensors are on a device of type {device.type}, kernels need cuda"
-    return _unfit(device.index)
+    return UNSOUND or _unfit(device.index)
 
 
 def _too_much(dtype: torch.dtype | None, dims: tuple[int, int], features: Features) -> str | None:

@@ -44,6 +44,11 @@ BFLOAT16 = {"dtype": torch.bfloat16}
         ),
         ({"device": "cpu"}, "the tensors are on a device of type cpu, kernels need cuda"),
         ({"missing": "Triton is not installed"}, "Triton is not installed"),
+        ({"unsound": "its assembler is wrong"}, "its assembler is wrong"),
+        (
+            {"unsound": "its assembler is wrong", "device": "cpu"},
+            "the tensors are on a device of type cpu, kernels need cuda",
+        ),
         (
             {"gpu": SimpleNamespace(major=7, minor=5)},
             "the GPU has compute capability 7.5, kernels are sized for 9.0 (Hopper)",
@@ -61,6 +66,7 @@ def test_why_there_are_no_kernels(monkeypatch, call, reason) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: gpu)
     monkeypatch.setattr(choose, "INTERPRETED", False)
     monkeypatch.setattr(choose, "MISSING", call.pop("missing", None))
+    monkeypatch.setattr(choose, "UNSOUND", call.pop("unsound", None))
     exporting = call.pop("exporting", False)
     monkeypatch.setattr(choose, "exporting", lambda: exporting)
     assert ops.why_not("triton", **call) == reason
@@ -90,3 +96,18 @@ def test_triton_is_looked_for_and_not_imported(monkeypatch, version, reason) -> 
     assert choose._missing() == "Triton is not installed"
     found.clear()
     assert choose._missing() == "this installation comes without the kernels"
+
+
+@pytest.mark.parametrize(
+    ("version", "path", "sound"),
+    [("3.6.0", None, True), ("3.5.1", None, False), ("3.5.1", "/usr/local/cuda/bin/ptxas", True)],
+)
+def test_older_triton_needs_another_assembler(monkeypatch, version, path, sound) -> None:
+    monkeypatch.setattr(choose.metadata, "version", lambda name: version)
+    monkeypatch.delenv("TRITON_PTXAS_PATH", raising=False)
+    if path is not None:
+        monkeypatch.setenv("TRITON_PTXAS_PATH", path)
+    reason = choose._unsound()
+    assert (reason is None) == sound
+    if reason is not None:
+        assert "Triton 3.5.1 gets kernels wrong; install Triton 3.6, or set TRITON_PTXAS" in reason

@@ -23,6 +23,7 @@ from ..kinds import KINDS, Formula
 from . import backward as backward_kernels
 from . import forward as forward_kernels
 from . import walks
+from .assembler import assembled
 from .maps import Map, Rows, rows
 from .plans import COLUMNS, WARPS, Plan, config, map_of, operand_of, plan, size_of, tf32
 from .scan import scan as scan_kernel
@@ -117,7 +118,8 @@ class Launch:
             compiled, constants = found
             compiled[grid](*args, *constants)
             return
-        compiled = kernel[grid](*args, **options)
+        with assembled() as more:
+            compiled = kernel[grid](*args, **options, **more)
         if not INTERPRETED:
             names = kernel.arg_names[len(args) :]
             self.compiled[key] = compiled, tuple(options[name] for name in names)

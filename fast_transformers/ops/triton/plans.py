@@ -27,8 +27,7 @@ class Config(NamedTuple):
         chunk: rows between two stored sums, a multiple of ``rows`` in causal attention.
         registers: most of them a thread, of programs with rows of their own as in ``rows``, and
             of those that walk with 4 warps; None to leave it to the compiler.
-        stages: of loops over features, and of those along a sequence. With one stage Triton 3.6
-            makes kernels that fault now and then.
+        stages: of loops over features, and of those along a sequence.
         programs: segments are made until there are that many.
     """
 
