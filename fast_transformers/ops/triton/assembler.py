@@ -34,7 +34,7 @@ def assembler() -> Any:
             return tool
     raise RuntimeError(
         f"the assembler {usual.path} is of CUDA {usual.version}, which gets kernels wrong; set "
-        "TRITON_PTXAS_PATH to the ptxas of CUDA 12.9 or later, or pass impl='chunked'"
+        "TRITON_PTXAS_PATH to the ptxas of CUDA 12.9 or later"
     )
 
 
