@@ -101,7 +101,8 @@ def _shapes(
     settings: Settings, projection: Tensor | None, mask: Any, q: Tensor, k: Tensor, v: Tensor,
     kv: Any, z: Any, shift: Any, cu_seqlens: Tensor | None, _: Any, causal: bool
 ) -> Results:  # fmt: skip
-    from .triton.launch import Launch, keeps
+    from .triton.launch import Launch
+    from .triton.plans import keeps
 
     out = v.new_empty(*q.shape[:3], v.shape[-1])
     final = v.new_empty(

@@ -273,11 +273,6 @@ class Launch:
         )  # fmt: skip
 
 
-def keeps(settings: Settings, causal: bool, cu: Tensor | None) -> bool:
-    """Whether the backward pass starts from sums of the forward pass."""
-    return settings.keep and causal and cu is None
-
-
 def _kind_of(x: Tensor | None) -> Any:
     """All of a tensor that decides which compiled kernel may be given it."""
     return None if x is None else (x.shape, x.stride(), x.dtype, x.data_ptr() % 16)

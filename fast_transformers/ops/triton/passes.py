@@ -9,10 +9,10 @@ from torch import Tensor
 
 from ..call import Settings
 from . import backward, carried, forward, walks
-from .launch import NOTHING, Inputs, Launch, keeps, prepare
+from .launch import NOTHING, Inputs, Launch, prepare
 from .learned import of_products, of_projection
 from .maps import gradient, rows
-from .plans import Plan
+from .plans import Plan, keeps
 from .sums import Sums
 
 MOST_BYTES = 300 * 2**20  # of sums of queries that are in memory together

@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 from triton import next_power_of_2
 
+from ..call import Settings
 from ..choose import INTERPRETED
 from ..kinds import KINDS, LOG2E, Formula
 from .functions import functions_of
@@ -75,6 +76,11 @@ def operand_of(kind: str, dtype: torch.dtype) -> tuple[torch.dtype, str]:
         return (torch.float32, "tf32") if exact else (dtype, "tf32")
     short = tf32() or (dtype == torch.float16 and not exact)
     return torch.float32, "tf32" if short else "tf32x3"
+
+
+def keeps(settings: Settings, causal: bool, cu: Tensor | None) -> bool:
+    """Whether the backward pass starts from sums of the forward pass."""
+    return settings.keep and causal and cu is None
 
 
 def size_of(n: int) -> int:
