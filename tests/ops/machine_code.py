@@ -99,9 +99,8 @@ def unwritten(code: list[Instruction]) -> Iterator[str]:
         if name.startswith(("BRA", "CALL")):
             conditional = code[i].condition or len(code[i].operands) > 1 or name.startswith("CALL")
             target = code[i].target
-            next_ones = ({i + 1} if conditional else set()) | (
-                {at[target]} if target in at else set()
-            )
+            next_ones = {i + 1} if conditional else set()
+            next_ones |= {at[target]} if target in at else set()
         elif name.startswith(("EXIT", "RET")) and not code[i].condition:
             next_ones = set()
         for j in next_ones:

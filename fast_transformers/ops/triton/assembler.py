@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from threading import Lock
 from typing import Any
 
 from triton import knobs
@@ -20,6 +21,7 @@ from triton.runtime import driver
 from ..choose import INTERPRETED
 
 OLDEST = (12, 9)  # of CUDA
+LOCK = Lock()  # who is done sets back what other threads would compile by
 
 
 def assembler() -> Any:
@@ -42,12 +44,14 @@ def assembler() -> Any:
 def assembled() -> Iterator[dict[str, Any]]:
     """Kernels compiled inside are assembled right; gives the options that set them apart from
     others in Triton's cache."""
-    if INTERPRETED or assembler() == knobs.nvidia.ptxas:
+    if INTERPRETED:
         yield {}
         return
-    tool = assembler()
-    # kernels of others are kept by the version of the usual one, which is asked for only once
-    make_backend(driver.active.get_current_target()).hash()
-    with knobs.nvidia.scope():
-        knobs.nvidia.ptxas = tool.path
-        yield {"ptx_version": ptx_get_version(tool.version)}
+    with LOCK, knobs.nvidia.scope():
+        options = {}
+        if (tool := assembler()) != knobs.nvidia.ptxas:
+            # kernels of others are kept by the version of theirs, which is asked for only once
+            make_backend(driver.active.get_current_target()).hash()
+            knobs.nvidia.ptxas = tool.path
+            options["ptx_version"] = ptx_get_version(tool.version)
+        yield options
