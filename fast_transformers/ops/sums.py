@@ -50,8 +50,8 @@ class Sums:
     def write(self, state: Triple, tile: Tile) -> None:
         for mine, whole in zip((self.z, self.shift), state[1:], strict=True):
             if mine is not None and whole is not None:
-                part = whole[tile.rows, tile.heads]
-                part.copy_(mine.view(part.shape))
+                # cut as mine was: it may be this very memory
+                whole[tile.rows, tile.heads].flatten(0, 1).copy_(mine)
 
     def snapshot(self) -> Sums:
         return Sums(self.kv.clone(), self.z, self.shift)

@@ -42,6 +42,19 @@ def test_a_state_of_any_form_continues_any_other(causal, features, first, second
     assert_same_state(rest.state, whole.state)
 
 
+@pytest.mark.parametrize("heads", [8, 16])
+@pytest.mark.parametrize("causal", [True, False])
+def test_keys_that_leave_the_shift_as_it_is(causal: bool, heads: int) -> None:
+    """Then the sums are kept where they are, in a tile of some heads or of all."""
+    function = ops.causal_linear_attention if causal else ops.linear_attention
+    q, k, v = make_qkv(600, dtype=torch.float64, H=heads)
+    phi = FEATURES["exponential"]
+    state = function(q, k, v, phi).state
+    found, exact = (function(q, k, v, phi, state=state, impl=x) for x in ("chunked", "reference"))
+    torch.testing.assert_close(found.values, exact.values, **close)
+    assert_same_state(found.state, exact.state)
+
+
 @pytest.mark.parametrize("causal", [True, False])
 def test_a_state_of_any_strides(causal: bool) -> None:
     """It is read where it lies, and its gradients are complete."""
