@@ -31,7 +31,7 @@ from tests.ops.kernels import (
 from tests.test_compile import compiled
 
 if REASON is None:
-    from fast_transformers.ops.triton import passes
+    from fast_transformers.ops.triton import passes, plans
 
 pytestmark = MARKS
 
@@ -73,6 +73,19 @@ def test_packed_sequences(function, kind, monkeypatch) -> None:
     check(with_state(attend, earlier, **options), inputs)
     monkeypatch.setattr(ops.packed, "packed", None)  # nothing is gathered
     attend(*inputs[:3], **options, impl="triton")
+
+
+def test_programs_without_a_part() -> None:
+    """They read nothing that is not there, store nothing, and end no sequence."""
+    cut = plans.plan(1, 70, 16, 32, torch.tensor([0, 10, 20, 70]))
+    assert cut.table is not None
+    _, start, end, begin, stop, chunk = cut.table[1 + 1 + 4 :].T
+    assert len(start) == 1
+    assert start >= max(end, stop)
+    assert start > begin
+    for size in (16, 32):  # the first row of the chunk, which may be read
+        assert 0 <= begin + (start - begin) // size * size < 70
+    assert chunk + (start - begin) // 32 < cut.chunks
 
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")

@@ -173,8 +173,7 @@ def plan(n: int, length: int, size: int, chunk: int, cu: Tensor | None) -> Plan:
     table = torch.stack(
         [at, start, torch.minimum(start + size, stop), begin, stop, first_chunks[at]], 1
     )
-    # there may be fewer parts than programs, which are given no rows and no sequence that ends
-    table = torch.where(
-        (index < firsts[-1])[:, None], table, table.new_tensor([0, 0, 0, -1, -1, 0])
-    )
+    # there may be fewer parts than programs, which are given no rows: they begin after the first
+    # row, which may be read, of a sequence that neither begins nor ends there
+    table = torch.where((index < firsts[-1])[:, None], table, table.new_tensor([0, 1, 1, 0, 0, 0]))
     return Plan(sequences, total, size, length // chunk + sequences, table.int(), firsts.int())
