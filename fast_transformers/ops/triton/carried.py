@@ -35,19 +35,28 @@ def features_of(x, n, h, start, valid, kept, weights, map):
 
 
 @triton.jit
+def first_column(x):
+    """(D, 16) of (D,), and zeros: a factor, to add up by a product, which keeps threads from
+    waiting for each other."""
+    return tl.where(tl.arange(0, 16)[None, :] == 0, x[:, None], 0.0)
+
+
+@triton.jit
 def begin_segment(
     table, parts, size, length, heads, starts, map,
     GROUPS: tl.constexpr, M: tl.constexpr, BLOCK_M: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """Query head and key head of a program, batch row, sequence, the first row and the end of its
-    segment, and the sums before that."""
+    segment, the end of the sequence, and the sums before the segment."""
     pid = tl.program_id(0)
     h = pid % heads
     of_key = h // GROUPS
-    batch, sequence, first, end, _, _, _ = locate(table, pid // heads, parts, size, length, CHUNK)
+    batch, sequence, first, end, _, stop, _ = locate(
+        table, pid // heads, parts, size, length, CHUNK
+    )
     index = pid // heads * (heads // GROUPS) + of_key
     kv, z, _ = load_sums(starts, index, 0, 0, 0, map, M, BLOCK_M)
-    return h, of_key, batch, sequence, first, end, kv, z
+    return h, of_key, batch, sequence, first, end, stop, kv, z
 
 
 @triton.jit(do_not_specialize=["length", "heads", "parts", "size", "mask_n"])
@@ -57,11 +66,13 @@ def attend_along(
     GROUPS: tl.constexpr, M: tl.constexpr, BLOCK_M: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """Values and norms of the queries of a segment, as ``forward.attend``."""
-    h, of_key, batch, sequence, first, end, kv, z = begin_segment(
+    h, of_key, batch, sequence, first, end, stop, kv, z = begin_segment(
         table, parts, size, length, heads, starts, map, GROUPS, M, BLOCK_M, CHUNK
     )
     weights = load_weights(map, 0)
     r = tl.arange(0, CHUNK)
+    ones = first_column(tl.full(r.shape, 1.0, map.OPERAND))
+    z = first_column(z)
     for start in tl.range(first, end, CHUNK, num_stages=map.STAGES):
         valid = start + r < end
         kept = is_kept(mask, mask_n, batch, start + r, start, end)
@@ -72,21 +83,24 @@ def attend_along(
         phi_q, phi_k = once(phi_q), once(phi_k)
         factors, kappa = operand(phi_q, map), operand(phi_k, map)
         pairs = tl.dot(factors, tl.trans(kappa), input_precision=map.PRECISION)
-        pairs = tl.where(r[:, None] >= r[None, :], pairs, 0.0)
+        pairs = operand(tl.where(r[:, None] >= r[None, :], pairs, 0.0), map)
         top = tl.dot(factors, operand(kv, map), input_precision=map.PRECISION)
-        top = tl.dot(operand(pairs, map), values, top, input_precision=map.PRECISION)
-        bottom = tl.sum(phi_q * z[None, :], 1) + tl.sum(pairs, 1) + eps
+        top = tl.dot(pairs, values, top, input_precision=map.PRECISION)
+        bottom = tl.dot(factors, operand(z, map), input_precision=map.PRECISION)
+        bottom = tl.dot(pairs, ones, bottom, input_precision=map.PRECISION)
+        bottom = tl.sum(bottom, 1) + eps
         none = bottom == 0.0
         inverse = tl.where(none, 0.0, 1.0 / tl.where(none, 1.0, bottom))
         store_rows(out, top * inverse[:, None], batch, h, start, valid, 0, M)
         if norm is not None:
             tl.store(norm + at_row(batch, start + r, h, length, heads), inverse, valid)
         kv = tl.dot(tl.trans(kappa), values, kv, input_precision=map.PRECISION)
-        z += tl.sum(phi_k, 0)
+        z = tl.dot(tl.trans(kappa), ones, z, input_precision=map.PRECISION)
     if end_sums.kv is not None:
-        if h % GROUPS == 0:
+        if h % GROUPS == 0 and end == stop:
             own = sequence * (heads // GROUPS) + of_key
-            store_sums(end_sums, own, 0, 0, 0, kv, z, z, map, M)
+            total = tl.sum(z, 1)
+            store_sums(end_sums, own, 0, 0, 0, kv, total, total, map, M)
 
 
 @triton.jit(do_not_specialize=["length", "heads", "parts", "size", "mask_n"])
@@ -96,7 +110,7 @@ def differentiate_queries_along(
     GROUPS: tl.constexpr, M: tl.constexpr, BLOCK_M: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """Gradients and numbers of the queries of a segment, as ``backward.differentiate_queries``."""
-    h, of_key, batch, sequence, first, end, kv, z = begin_segment(
+    h, of_key, batch, sequence, first, end, stop, kv, z = begin_segment(
         table, parts, size, length, heads, starts, map, GROUPS, M, BLOCK_M, CHUNK
     )
     weights = load_weights(map, 0)

@@ -175,21 +175,22 @@ class Launch:
 
     def walk(
         self, kernel: Any, tensors: tuple[Any, ...], plan: Plan, heads: int, map: Map,
-        start: Sums, end: Sums, store: bool, prefix: Sums = NOTHING,
+        start: Sums, end: Sums, store: bool, prefix: Sums = NOTHING, skip: bool = False,
     ) -> tuple[Sums, Tensor | None]:  # fmt: skip
         """Sums along all segments, to ``end`` and as factors to ``prefix``, or if to ``store``
-        those before every chunk, and their flags."""
+        those before every chunk, their flags, and to ``end`` those of whole sequences. The last
+        segment of each may be skipped."""
         flags = None
         if store:
             prefix = self.sums(plan.chunks * heads, self.operand)
             if self.exponential:
                 flags = self.empty(plan.chunks * heads, dtype=torch.int8).zero_()
         self.start(
-            (store, start.kv is None, end.kv is None, prefix.kv is None), kernel,
+            (store, skip, start.kv is None, end.kv is None, prefix.kv is None), kernel,
             (plan.total * heads * self.blocks, self.columns, 1),
             *tensors, heads, plan.table, plan.parts, plan.size, start, prefix, flags, end, map,
             **self.options(
-                BLOCK_M=self.tile, EXPONENTIAL=self.exponential, STORE=store,
+                BLOCK_M=self.tile, EXPONENTIAL=self.exponential, STORE=store, SKIP=skip,
                 **self.walkers,
             ),
         )  # fmt: skip
@@ -197,11 +198,12 @@ class Launch:
 
     def before(
         self, kernel: Any, tensors: tuple[Any, ...], plan: Plan, heads: int, map: Map,
-        start: Sums, end: Sums, parts: Sums | None = None,
+        start: Sums, end: Sums = NOTHING, parts: Sums | None = None,
     ) -> Sums:  # fmt: skip
         """Sums before each segment, in ``parts`` if given; those after all of them in ``end``."""
         parts = parts or self.sums(plan.total * heads)
-        self.walk(kernel, tensors, plan, heads, map, NOTHING, parts, False)
+        skip = end.kv is None
+        self.walk(kernel, tensors, plan, heads, map, NOTHING, parts, False, skip=skip)
         self.scan(plan, heads, parts, start, end, kernel is walks.walk_queries)
         return parts
 
@@ -219,7 +221,7 @@ class Launch:
             self.walk(kernel, tensors, plan, heads, map, start, end, False, factors)
             return factors, None
         if plan.parts > 1:
-            start, end = self.before(kernel, tensors, plan, heads, map, start, end, parts), NOTHING
+            start = self.before(kernel, tensors, plan, heads, map, start, parts=parts)
         return self.walk(kernel, tensors, plan, heads, map, start, end, True)
 
     def scan(

@@ -34,8 +34,8 @@ def attend(
     kept = call.empty(*(call.kept(n, length) if keeps(settings, causal, cu) else (n, 0)))
     to = rows(out), norm, settings.eps
     if call.carried:
-        plan, start, final_of = _segments(call, inputs, n, length, cu, state, final, kept)
-        call.carry(carried.attend_along, inputs, plan, length, start, final_of, *to)
+        plan, start = _segments(call, inputs, n, length, cu, state, kept)
+        call.carry(carried.attend_along, inputs, plan, length, start, final, *to)
         return out, final, norm, kept
     before, flags = _along_keys(call, inputs, k, cu_keys, state, final, causal, kept)
     call.each(forward.attend, inputs, n, length, cu, before, flags, *to, whole=False)
@@ -62,7 +62,7 @@ def differentiate(
     to = rows(d_out), norm, numbers, rows(out), gradient(dq, du)
     before, flags = None, None
     if call.carried:
-        plan, start_keys, _ = _segments(call, inputs, n, length, cu, state, NOTHING, kept, True)
+        plan, start_keys = _segments(call, inputs, n, length, cu, state, kept, True)
         kernel = carried.differentiate_queries_along
         call.carry(kernel, inputs, plan, length, start_keys, *to, learned=learned)
     else:
@@ -144,20 +144,20 @@ def _differentiate_keys(
 
 
 def _segments(
-    call: Launch, inputs: Inputs, n: int, length: int, cu: Tensor | None, start: Sums, end: Sums,
+    call: Launch, inputs: Inputs, n: int, length: int, cu: Tensor | None, start: Sums,
     kept: Tensor, again: bool = False,
-) -> tuple[Plan, Sums, Sums]:  # fmt: skip
-    """Segments to carry sums along, the sums before them, and where the final ones still have to
-    go; ``kept`` and ``again`` as for :func:`_along_keys`."""
+) -> tuple[Plan, Sums]:  # fmt: skip
+    """Segments to carry sums along, and the sums before them; ``kept`` and ``again`` as for
+    :func:`_along_keys`."""
     plan = call.segments(n, length, call.heads, 1, cu)
     if plan.table is None and plan.parts == 1:
-        return plan, start, end
+        return plan, start
     parts = call.sums_in(kept, plan)
     if parts is None or not again:
         tensors = (*inputs[1:5], length)
         walk = walks.walk_keys, tensors, plan, call.heads, inputs.walk_map
-        parts = call.before(*walk, start, end, parts)
-    return plan, parts, NOTHING
+        parts = call.before(*walk, start, parts=parts)
+    return plan, parts
 
 
 def _along_keys(

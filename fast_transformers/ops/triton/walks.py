@@ -99,14 +99,19 @@ def walker(map):
 
 @triton.jit
 def finish(
-    end_sums, prefix, pid, block, part, column, kv, z, shift, map,
+    end_sums, prefix, pid, own, last, block, part, column, kv, z, shift, map,
     M: tl.constexpr, STORE: tl.constexpr,
 ):  # fmt: skip
-    """Store the last sums where they are wanted."""
+    """Store the final sums where they are wanted: with STORE those of a sequence, with the number
+    ``own``, after its ``last`` segment, otherwise those of every segment."""
     if end_sums.kv is not None:
-        store_sums(end_sums, pid, block, part, column, kv, z, shift, map, M)
-        if not STORE and prefix.kv is not None:
-            store_sums(prefix, pid, block, part, column, kv, z, shift, map, M)
+        if STORE:
+            if last:
+                store_sums(end_sums, own, block, part, column, kv, z, shift, map, M)
+        else:
+            store_sums(end_sums, pid, block, part, column, kv, z, shift, map, M)
+            if prefix.kv is not None:
+                store_sums(prefix, pid, block, part, column, kv, z, shift, map, M)
 
 
 @triton.jit(do_not_specialize=["length", "heads", "parts", "size", "mask_n"])
@@ -114,15 +119,21 @@ def walk_keys(
     k, v, mask, mask_n, length, heads, table, parts, size, start_sums, prefix, flags, end_sums,
     map,
     M: tl.constexpr, BLOCK_M: tl.constexpr, CHUNK: tl.constexpr, EXPONENTIAL: tl.constexpr,
-    STORE: tl.constexpr,
+    STORE: tl.constexpr, SKIP: tl.constexpr,
 ):  # fmt: skip
-    """Along the keys of a segment, from ``start_sums`` to ``end_sums`` (both of the segment).
+    """Along the keys of a segment, from ``start_sums`` of the segment to ``end_sums``, see
+    ``finish``; with SKIP not along the last segment of a sequence.
 
     With STORE ``prefix`` takes those before every chunk, otherwise the last, as ``end_sums``.
     """
     pid, block, part, column = walker(map)
     h = pid % heads
-    batch, _, first, end, _, _, chunk = locate(table, pid // heads, parts, size, length, CHUNK)
+    batch, sequence, first, end, _, stop, chunk = locate(
+        table, pid // heads, parts, size, length, CHUNK
+    )
+    last = end == stop
+    if SKIP:
+        end = tl.where(last, first, end)
     weights = load_weights(map, block)
     kv, z, shift = load_sums(start_sums, pid, block, part, column, map, M, BLOCK_M)
     if EXPONENTIAL:
@@ -141,7 +152,8 @@ def walk_keys(
             phi, rows, None, kv, z, shift, prefix, flags, index, block, part, column, map, M,
             EXPONENTIAL, STORE,
         )  # fmt: skip
-    finish(end_sums, prefix, pid, block, part, column, kv, z, shift, map, M, STORE)
+    own = sequence * heads + h
+    finish(end_sums, prefix, pid, own, last, block, part, column, kv, z, shift, map, M, STORE)
 
 
 @triton.jit(do_not_specialize=["length", "heads", "parts", "size"])
@@ -149,13 +161,18 @@ def walk_queries(
     q, d_out, numbers, length, heads, table, parts, size, start_sums, prefix, flags, end_sums,
     map,
     M: tl.constexpr, BLOCK_M: tl.constexpr, CHUNK: tl.constexpr, EXPONENTIAL: tl.constexpr,
-    STORE: tl.constexpr,
+    STORE: tl.constexpr, SKIP: tl.constexpr,
 ):  # fmt: skip
     """As :func:`walk_keys`, in reverse, for R = sum P do^T and r = sum P delta with the factors P
     of the queries over their denominators."""
     pid, block, part, column = walker(map)
     h = pid % heads
-    batch, _, first, end, _, _, chunk = locate(table, pid // heads, parts, size, length, CHUNK)
+    batch, sequence, first, end, begin, _, chunk = locate(
+        table, pid // heads, parts, size, length, CHUNK
+    )
+    last = first == begin
+    if SKIP:
+        end = tl.where(last, first, end)
     weights = load_weights(map, block)
     kv, z, shift = load_sums(start_sums, pid, block, part, column, map, M, BLOCK_M)
     chunks = tl.cdiv(end - first, CHUNK)
@@ -179,4 +196,5 @@ def walk_queries(
             p, rows, deltas, kv, z, shift, prefix, flags, index, block, part, column, map, M,
             EXPONENTIAL, STORE,
         )  # fmt: skip
-    finish(end_sums, prefix, pid, block, part, column, kv, z, shift, map, M, STORE)
+    own = sequence * heads + h
+    finish(end_sums, prefix, pid, own, last, block, part, column, kv, z, shift, map, M, STORE)
