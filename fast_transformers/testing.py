@@ -115,8 +115,8 @@ def check_kernel(feature_map: Any, draws: int = 400) -> None:
     features have no variance, and vectors whose entries have one sign, where a projection with a
     mean is biased.
     """
-    x = 0.6 * _directions(feature_map, 8, 1, 1)
-    y = 0.6 * _directions(feature_map, 8, 1, 1, seed=1)
+    x = 0.4 * _directions(feature_map, 8, 1, 1)
+    y = 0.4 * _directions(feature_map, 8, 1, 1, seed=1)
     y[:2] = x[:2]
     x[2:4], y[2:4] = x[2:4].abs(), y[2:4].abs()
     x[4:5], y[4:5] = -x[4:5].abs(), -y[4:5].abs()

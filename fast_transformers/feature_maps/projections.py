@@ -26,15 +26,10 @@ def orthogonal(rows: int, columns: int, generator: Generator | None) -> Tensor:
     kernel; Choromanski et al. 2021, "Rethinking Attention with Performers", theorem 2 and
     equation 10 for positive features of the softmax kernel: no larger variance in any dimension.
     Each group is a Haar-distributed rotation, whose columns are given independent norms of the
-    chi distribution. Without the sign correction of the QR decomposition the columns would have
-    a mean, which biases features that are not even functions of the projection.
+    chi distribution.
     """
-
-    def group() -> Tensor:
-        rotation = _haar(rows, generator)
-        return rotation * _norms(rows, rows, generator)
-
-    return _in_groups(rows, columns, group)
+    rotations, norms = _haar(rows, columns, generator)
+    return _side_by_side(rotations * norms, columns)
 
 
 def sorf(rows: int, columns: int, generator: Generator | None) -> Tensor:
@@ -53,9 +48,10 @@ def sorf(rows: int, columns: int, generator: Generator | None) -> Tensor:
         block = torch.eye(padded, device="cpu")
         for _ in range(3):
             block = hadamard(_signs(padded, generator)[:, None] * block)
-        return (block * _norms(padded, padded, generator))[:rows]
+        norms = torch.randn(padded, padded, generator=generator, device="cpu").norm(dim=0)
+        return (block * norms)[:rows]
 
-    return _in_groups(padded, columns, group)
+    return torch.cat([group() for _ in range(0, columns, padded)], 1)[:, :columns]
 
 
 def simplex(rows: int, columns: int, generator: Generator | None) -> Tensor:
@@ -69,11 +65,8 @@ def simplex(rows: int, columns: int, generator: Generator | None) -> Tensor:
         raise ValueError(f"projection='simplex' needs at least 2 query dimensions, got {rows}")
     corners = torch.eye(rows, device="cpu") - 1 / rows
     corners = corners / corners.norm(dim=0)
-
-    def group() -> Tensor:
-        return _haar(rows, generator) @ corners * _norms(rows, rows, generator)
-
-    return _in_groups(rows, columns, group)
+    rotations, norms = _haar(rows, columns, generator)
+    return _side_by_side(rotations @ corners * norms, columns)
 
 
 def qmc(rows: int, columns: int, generator: Generator | None) -> Tensor:
@@ -163,18 +156,32 @@ def _put(omega: Tensor, drawn: Tensor) -> Tensor:
     return omega.copy_(drawn)
 
 
-def _in_groups(size: int, columns: int, group: Callable[[], Tensor]) -> Tensor:
-    return torch.cat([group() for _ in range(0, columns, size)], 1)[:, :columns]
+def _haar(size: int, columns: int, generator: Generator | None) -> tuple[Tensor, Tensor]:
+    """Haar-distributed rotations (G, size, size) for at least so many columns, and norms
+    (G, 1, size) of as many vectors of N(0, I), independent of the rotations and of each other.
+
+    Stewart 1980, "The Efficient Generation of Random Orthogonal Matrices with an Application to
+    Condition Estimators" (SIAM J. Numer. Anal. 17), section 3: the reflections of a QR
+    decomposition of a Gaussian matrix, and the signs of R, drawn without decomposing one.
+    Reflection k = 0, 1, ... is the direction of a Gaussian vector of size - k dimensions; its
+    norm, and k more numbers, are left to make the norm of column k. Without the signs columns
+    would have a mean, which biases features that are not even functions of the projection.
+    """
+    groups = -(-columns // size)
+    normal = torch.randn(groups, size, size, generator=generator, device="cpu")
+    vectors = normal.tril()
+    first = vectors.diagonal(dim1=-2, dim2=-1)
+    first += 1e-18  # one in 2^24 is 0, and the last vector has no other entry
+    length = vectors.square().sum(1).sqrt_().copysign_(first)
+    first += length
+    rotations = torch.linalg.householder_product(vectors / first[:, None], first / length)
+    norms = normal.square().sum(1, keepdim=True).sqrt_()
+    return rotations.mul_(-length.sign()[:, None]), norms
 
 
-def _haar(size: int, generator: Generator | None) -> Tensor:
-    q, r = torch.linalg.qr(torch.randn(size, size, generator=generator, device="cpu"))
-    return q * r.diagonal().sign()
-
-
-def _norms(dims: int, columns: int, generator: Generator | None) -> Tensor:
-    """Norms of vectors of N(0, I)."""
-    return torch.randn(dims, columns, generator=generator, device="cpu").norm(dim=0)
+def _side_by_side(x: Tensor, columns: int) -> Tensor:
+    """The first columns of (G, rows, size), group after group."""
+    return x.transpose(0, 1).flatten(1)[:, :columns]
 
 
 def _signs(size: int, generator: Generator | None) -> Tensor:

@@ -16,6 +16,7 @@ from fast_transformers.feature_maps import (
     SmoothedRandomFourierFeatures,
     draw,
     orthogonal_random_matrix_,
+    projections,
 )
 
 MAPS = [Favor, RandomFourierFeatures, SmoothedRandomFourierFeatures, GeneralizedRandomFeatures]
@@ -124,12 +125,27 @@ def test_orthogonal_within_groups(shape) -> None:
 
 
 def test_norms_are_independent_of_directions() -> None:
-    """The norms of a column and its neighbour do not tell about the entry between them."""
+    """And of each other, though one matrix of normal numbers makes them all."""
     draws = torch.stack([orthogonal_random_matrix_(torch.empty(4, 4)) for _ in range(4000)])
     norms = draws.norm(dim=1)
     unit = draws / norms[:, None]
-    correlation = torch.corrcoef(torch.stack([norms[:, 0], unit[:, 0, 0].abs()]))[0, 1]
-    assert abs(float(correlation)) < 5 / 4000**0.5
+    directions = torch.cat([unit.flatten(1), unit.abs().flatten(1)], 1)
+    correlations = torch.corrcoef(torch.cat([norms, directions], 1).T)[:4]
+    assert correlations[:, 4:].abs().max() < 5 / 4000**0.5
+    assert correlations[:, :4].fill_diagonal_(0.0).abs().max() < 5 / 4000**0.5
+
+
+def test_normal_numbers_that_are_0(monkeypatch) -> None:
+    """As one in 2^24 is: a direction must not become NaN, or vanish."""
+    normal = torch.randn
+
+    def randn(*args, **options):
+        return normal(*args, **options).tril(-1)
+
+    monkeypatch.setattr(torch, "randn", randn)
+    for size in (1, 5):
+        rotations, _ = projections._haar(size, 2 * size, None)
+        torch.testing.assert_close(rotations.mT @ rotations, torch.eye(size).expand(2, -1, -1))
 
 
 def redraws(feature_map, calls: int) -> list[bool]:
