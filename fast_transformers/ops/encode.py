@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .checks import check_widths
 from .features import Features
-from .kinds import KINDS, LOG2E, Kind
+from .kinds import KINDS, LOG2E, Hyperbolic, Kind
 from .layout import Block, group, natural, ungroup, write_into
 
 PullBack = Callable[[Tensor, Tensor], None]  # gradient of the features, gradient of x to fill
@@ -63,6 +63,25 @@ class Encoder:
         given = self._given(x, block)
         with self._same_again(x, block):
             return self._finish(self._function(given), block, shift, out)
+
+    def has_powers(self, x: Tensor) -> bool:
+        """Whether the next two may be asked for; a GPU is not asked for the range of numbers."""
+        return isinstance(self._kind, Hyperbolic) and x.device.type == "cpu"
+
+    def powers(self, x: Tensor, block: Block, out: Tensor) -> Tensor | None:
+        """Exponential features of a block themselves, but for a common factor of each row; None
+        if they are out of range."""
+        assert isinstance(self._kind, Hyperbolic)
+        check_widths(2 * self._kind.omega.shape[1], out.shape[-1])
+        return self._kind.powers(self.rows(x, block), out)
+
+    def weights(self, x: Tensor, block: Block) -> Tensor | None:
+        """That factor (T, N*H, C, 1) of keys; None if one is out of range."""
+        assert isinstance(self._kind, Hyperbolic)
+        weights = self._kind.weights(self.rows(x, block))
+        if weights is not None:
+            self.clear(weights, block)
+        return weights
 
     def differentiated(
         self,

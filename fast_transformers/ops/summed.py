@@ -65,12 +65,24 @@ def accumulate(
         k_tile, v_tile = tile.of(k), tile.of(v)
         keys = call.encoder(of_keys=True, mask=tile.of_mask(key_mask))
         sums = Sums.of_tile(final, tile)
+        plain = sums.plain() if keys.has_powers(k) else None
         room = None
         for block in _chunks(length, call, sums, "accumulate"):
             room = _room(room, sums, block)
+            values = keys.rows(v_tile, block)
+            if plain is not None:
+                weights = keys.weights(k_tile, block)
+                kappa = None if weights is None else keys.powers(k_tile, block, room)
+                if kappa is not None:
+                    plain.absorb(kappa, values, weights)
+                    continue
+                sums.merge(plain)
+                plain = None  # more of them will be out of range
             kappa = sums.enter(keys(k_tile, block, out=room))
             assert kappa is not None
-            sums.absorb(kappa, keys.rows(v_tile, block))
+            sums.absorb(kappa, values)
+        if plain is not None:
+            sums.merge(plain)
         sums.write(final, tile)
     return final
 
@@ -120,16 +132,21 @@ def attend(call: Call, q: Tensor, state: Triple) -> tuple[Tensor, Tensor]:
         q_tile, out_tile, norm_tile = (tile.of(x, groups) for x in (q, out, norm))
         queries = call.encoder(groups=groups)
         sums = Sums.of_tile(state, tile)
+        level = sums.level() if queries.has_powers(q) else None
         room = None
         for block in _chunks(length, call, sums, "attend"):
             room = _room(room, sums, block, groups)
-            p, offset = queries(q_tile, block, sums.shift, room), None
-            if sums.shift is not None:
-                p, offset = query_factors(p)
+            if level is not None and (p := queries.powers(q_tile, block, room)) is not None:
+                at, offset = level
+            else:
+                level, at, offset = None, sums, None  # more of them will be out of range
+                p = queries(q_tile, block, sums.shift, room)
+                if sums.shift is not None:
+                    p, offset = query_factors(p)
             # a row times the transpose takes MKL half the time of a product with a column
-            denominator = torch.matmul(sums.z[:, None], p.mT).mT
+            denominator = torch.matmul(at.z[:, None], p.mT).mT
             factor = factor_of(denominator, *call.lift(seen=False))
-            scale_into(out_tile, block, torch.bmm(p[0], sums.kv)[None], factor, groups)
+            scale_into(out_tile, block, torch.bmm(p[0], at.kv)[None], factor, groups)
             if call.settings.keep:
                 write_into(norm_tile, block, norm_of(denominator, factor, offset), groups)
     return out, norm

@@ -53,8 +53,35 @@ class Sums:
                 # cut as mine was: it may be this very memory
                 whole[tile.rows, tile.heads].flatten(0, 1).copy_(mine)
 
+    def plain(self) -> Sums:
+        """Sums of no keys, relative to 1."""
+        return Sums(torch.zeros_like(self.kv), torch.zeros_like(self.z), None)
+
     def snapshot(self) -> Sums:
         return Sums(self.kv.clone(), self.z, self.shift)
+
+    def level(self) -> tuple[Sums, Tensor]:
+        """The same relative to one power of 2 for all features of a head, and its logarithm
+        (G, 1, 1).
+
+        What vanishes against the largest feature does so in the products with :meth:`powers
+        <.kinds.Hyperbolic.powers>`, too, of which 80 are between the largest and the smallest.
+        """
+        assert self.shift is not None
+        top = self.shift.amax(-1, keepdim=True)
+        factor = (self.shift - top).exp2_()
+        return Sums(self.kv * factor[..., None], self.z * factor, None), top[..., None]
+
+    def merge(self, other: Sums) -> None:
+        """Add sums that are relative to 1, and 0 or between 2^-100 and 2^100."""
+        assert self.shift is not None
+        top = other.z.log2().floor_().clamp_(min=lowest(other.z.dtype))
+        shift = torch.maximum(self.shift, top)
+        self._scale((self.shift - shift).exp2_())
+        factor = shift.clamp(min=-100.0).neg_().exp2_()
+        self.kv.addcmul_(other.kv, factor[..., None])
+        self.z = torch.addcmul(self.z, other.z, factor)
+        self.shift = shift
 
     def enter(self, a: Tensor, masked: bool = False, whole: bool = True) -> Tensor | None:
         """Factors of the keys of a block relative to a shift that includes them.
@@ -108,8 +135,13 @@ class Sums:
             self.z = self.z + total
         return torch.stack(after[::-1])
 
-    def absorb(self, kappa: Tensor, v: Tensor) -> None:
-        """Add all keys and values of a block."""
+    def absorb(self, kappa: Tensor, v: Tensor, weights: Tensor | None = None) -> None:
+        """Add all keys and values of a block, times weights (T, G, C, 1) of the keys."""
+        if weights is not None:
+            v = v * weights
         for i in range(len(kappa)):
             self.add(kappa[i].mT, v[i])
-        self.z_before(kappa)
+        if weights is None:
+            self.z_before(kappa)
+        else:
+            self.z = self.z + torch.matmul(weights.mT, kappa).sum((0, 2))

@@ -35,8 +35,9 @@ def test_favor_is_exact_at_any_norm(kind, std, dtype, impl) -> None:
         assert_as_accurate(a, p, e, log_size=logs)
 
 
+@pytest.mark.parametrize("kind", FUNCTIONS)
 @pytest.mark.parametrize("order", ["rising", "falling", "spike"])
-def test_keys_of_very_different_norms(order: str) -> None:
+def test_keys_of_very_different_norms(order: str, kind: str) -> None:
     """A key that dwarfs its chunk must not take away the precision of the queries before it."""
     q, k, v = make_qkv(200, N=1, H=2, E=64, M=8, std=3)
     scale = torch.linspace(0.1, 6, 200)
@@ -46,14 +47,41 @@ def test_keys_of_very_different_norms(order: str) -> None:
     k = k * scale[:, None, None]
     run = partial(differentiate, inputs=[q, k, v])
     features = favor()
-    causal = partial(ops.causal_linear_attention, features=features)
-    exact = differentiate(partial(causal, impl="reference"), [x.double() for x in (q, k, v)])
-    plain = run(partial(causal, impl="reference"))
+    attend = partial(FUNCTIONS[kind], features=features)
+    exact = differentiate(partial(attend, impl="reference"), [x.double() for x in (q, k, v)])
+    plain = run(partial(attend, impl="reference"))
     logs = float(features.keys(k).abs().max())
     for chunk_size in (64, 256):
-        actual = run(partial(causal, impl="chunked", chunk_size=chunk_size))
+        actual = run(partial(attend, impl="chunked", chunk_size=chunk_size))
         for a, p, e in zip(actual, plain, exact, strict=True):
             assert_as_accurate(a, p, e, log_size=logs)
+
+
+@pytest.mark.parametrize("queries", [0.01, 1.0, 2.0, 20.0])
+@pytest.mark.parametrize("keys", [0.01, 1.0, 2.0, 20.0])
+def test_sums_and_queries_in_and_out_of_range(keys: float, queries: float) -> None:
+    """Of features that are summed as they are, and those that are only so relative to others;
+    from a state of either sort, some of whose blocks were of one sort and some of the other."""
+    q, k, v = make_qkv(200, N=1, H=2, E=64, M=8)
+    q, k = queries * q, keys * k
+    k[:, 64:128] = k[:, 64:128] / keys * 3
+    mask = torch.rand(1, 200, generator=torch.Generator().manual_seed(1)) > 0.2
+    features = favor()
+    found = {}
+    for dtype, impl in (
+        (torch.float64, "reference"),
+        (torch.float32, "reference"),
+        (torch.float32, "chunked"),
+    ):
+        inputs = [x.to(dtype) for x in (q, k, v)]
+        attend = partial(ops.linear_attention, features=features, impl=impl, chunk_size=64)
+        first = attend(*inputs, key_mask=mask)
+        more = attend(inputs[0], inputs[1].flip(3), inputs[2], state=first.state)
+        found[dtype, impl] = first.values, more.values, attend(*inputs).values
+    logs = max(float(features.keys(x).abs().max()) for x in (k, q))
+    exact, plain, actual = found.values()
+    for a, p, e in zip(actual, plain, exact, strict=True):
+        assert_as_accurate(a, p, e, log_size=logs)
 
 
 @pytest.mark.parametrize("impl", ["chunked", "reference", "recurrent"])
