@@ -96,6 +96,9 @@ class Kept(NamedTuple):
         return Kept(tile.of(self.norm, groups), self.cuts[tile.rows, tile.heads], *states)
 
     def write(self, i: int, sums: Sums) -> None:
+        if sums.plain:
+            sums = sums.snapshot()
+            sums.settle()
         self.kv[i] = sums.kv.view_as(self.kv[i])
         self.z[i] = sums.z.view_as(self.z[i])
         if sums.shift is not None:
@@ -164,13 +167,18 @@ def _forward_tile(call: Call, inputs: Inputs, sums: Sums, out: Tensor, kept: Kep
     encoders, room = inputs.encoders(call), None
     for i, interval in enumerate(intervals(call, inputs, features)):
         if call.settings.keep:
-            kept.write(i, sums)
+            kept.write(
+                i, sums
+            )  # the first as it is given: gradients of it are relative to its shift
+        if i == 0 and encoders[1].has_powers(inputs.k):
+            sums.unshift()
         waiting = cut(interval, call.chunk, features)[::-1]
         for block in paced(popped(waiting), out, "causal", *sums.kv.shape, call.chunk):
             if room is None or room.size != block[1:]:
                 room = _Room(inputs, block, sums)
             if not _forward_block(call, inputs, encoders, block, sums, out, kept, room):
                 waiting += block.halves()[::-1]
+    sums.settle()
 
 
 class _Room:
@@ -208,12 +216,15 @@ def _forward_block(
     """Write the values of a block, unless its keys differ too much to be worked together."""
     queries, keys = encoders
     p, kappa, v, weights, values = room.p, room.kappa, room.v, room.weights, room.values
-    a, offset = keys(inputs.k, block, out=kappa), None
-    if sums.enter(a, inputs.key_mask is not None, whole=False) is None:
-        return False
-    queries(inputs.q, block, sums.shift, p)
-    if sums.shift is not None:
-        p, offset = query_factors(p)
+    offset = p.new_zeros(()) if sums.plain else None
+    if offset is None or not _powers(inputs, encoders, block, room):
+        sums.settle()  # more of them will be out of range
+        a = keys(inputs.k, block, out=kappa)
+        if sums.enter(a, inputs.key_mask is not None, whole=False) is None:
+            return False
+        queries(inputs.q, block, sums.shift, p)
+        if sums.shift is not None:
+            p, offset = query_factors(p)
     keys.gather(inputs.v, block, v)
     torch.matmul(p, room.across, out=weights)
     room.triangles.tril_()
@@ -233,6 +244,15 @@ def _forward_block(
     if call.settings.keep and sums.shift is not None:
         kept.cuts[:, :, block.start] = True
     return True
+
+
+def _powers(inputs: Inputs, encoders: tuple[Encoder, Encoder], block: Block, room: _Room) -> bool:
+    """Write exponential features of a block, if they are in range."""
+    queries, keys = encoders
+    return (
+        keys.powers(inputs.k, block, room.kappa) is not None
+        and queries.powers(inputs.q, block, room.p) is not None
+    )
 
 
 def triangles(pairs: Tensor) -> Tensor:

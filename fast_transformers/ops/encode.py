@@ -65,23 +65,20 @@ class Encoder:
             return self._finish(self._function(given), block, shift, out)
 
     def has_powers(self, x: Tensor) -> bool:
-        """Whether the next two may be asked for; a GPU is not asked for the range of numbers."""
+        """Whether :meth:`powers` may be called; a GPU is not asked for the range of numbers."""
         return isinstance(self._kind, Hyperbolic) and x.device.type == "cpu"
 
     def powers(self, x: Tensor, block: Block, out: Tensor) -> Tensor | None:
-        """Exponential features of a block themselves, but for a common factor of each row; None
-        if they are out of range."""
+        """Exponential features of a block, written to ``out``; None if they are out of range."""
         assert isinstance(self._kind, Hyperbolic)
         check_widths(2 * self._kind.omega.shape[1], out.shape[-1])
-        return self._kind.powers(self.rows(x, block), out)
-
-    def weights(self, x: Tensor, block: Block) -> Tensor | None:
-        """That factor (T, N*H, C, 1) of keys; None if one is out of range."""
-        assert isinstance(self._kind, Hyperbolic)
-        weights = self._kind.weights(self.rows(x, block))
-        if weights is not None:
-            self.clear(weights, block)
-        return weights
+        rows = self.rows(x, block)
+        if not self._of_keys:
+            return self._kind.query_powers(rows, out)
+        found = self._kind.key_powers(rows, out)
+        if found is not None:
+            self.clear(found, block)
+        return found
 
     def differentiated(
         self,

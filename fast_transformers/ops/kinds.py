@@ -214,7 +214,7 @@ class Hyperbolic(Projected):
     positive = never_zero = True
     per_direction = 2
     unit = LOG2E
-    most = 40.0  # of the logarithms of powers
+    most = 40.0  # of logarithms in range
 
     def __init__(self, formula: Formula, dtype: torch.dtype) -> None:
         super().__init__(formula, dtype)
@@ -225,10 +225,9 @@ class Hyperbolic(Projected):
             return self.value(x, out)
         return _signs(self.project(x), *shift.chunk(2, -1), out=out)
 
-    def powers(self, x: Tensor, out: Tensor) -> Tensor | None:
-        """2 to the logarithms of features, but for what is common to all those of a row; None if
-        they are out of range. The second half are reciprocals of the first: this takes half of
-        the time that the logarithms take, and 2 to them."""
+    def query_powers(self, x: Tensor, out: Tensor) -> Tensor | None:
+        """2 to the logarithms of queries; None if they are out of range. The second half are
+        reciprocals of the first: this takes half of the time of logarithms, and of 2 to them."""
         u = self.project(x)
         low, high = u.aminmax()
         if not max(-float(low), float(high)) <= self.most:
@@ -237,10 +236,12 @@ class Hyperbolic(Projected):
         torch.reciprocal(torch.exp2(u, out=out[..., :width]), out=out[..., width:])
         return out
 
-    def weights(self, x: Tensor) -> Tensor | None:
-        """2 to what is common to all logarithms of a key; None if it is out of range."""
+    def key_powers(self, x: Tensor, out: Tensor) -> Tensor | None:
+        """The same of keys."""
         offset = self._offset(x)
-        return offset.exp2_() if float(offset.amin()) >= -self.most else None
+        if not float(offset.amin()) >= -self.most or self.query_powers(x, out) is None:
+            return None
+        return out.mul_(offset.exp2_())
 
     def keys(self, x: Tensor, out: Tensor | None = None) -> Tensor:
         offset = self._offset(x)

@@ -7,6 +7,9 @@ With the running maximum of the keys as shift and max_i(b_ti + shift_i) as offse
 at most 1, so nothing overflows, and what underflows is negligible against a total of at least 1.
 (The shift may lag behind by a few powers of 2, see :func:`reference`.)
 
+On a CPU random features whose logarithms are small, as those of most inputs are, are summed as
+they are, from the first block on and until one is out of range: see :meth:`.sums.Sums.unshift`.
+
 Logarithms are to base 2 throughout: powers of 2 are the cheaper exponentials. Features that are
 no exponentials have ``shift=None`` and pass through unchanged.
 """

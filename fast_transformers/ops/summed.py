@@ -65,24 +65,18 @@ def accumulate(
         k_tile, v_tile = tile.of(k), tile.of(v)
         keys = call.encoder(of_keys=True, mask=tile.of_mask(key_mask))
         sums = Sums.of_tile(final, tile)
-        plain = sums.plain() if keys.has_powers(k) else None
+        if keys.has_powers(k):
+            sums.unshift()
         room = None
         for block in _chunks(length, call, sums, "accumulate"):
             room = _room(room, sums, block)
-            values = keys.rows(v_tile, block)
-            if plain is not None:
-                weights = keys.weights(k_tile, block)
-                kappa = None if weights is None else keys.powers(k_tile, block, room)
-                if kappa is not None:
-                    plain.absorb(kappa, values, weights)
-                    continue
-                sums.merge(plain)
-                plain = None  # more of them will be out of range
-            kappa = sums.enter(keys(k_tile, block, out=room))
-            assert kappa is not None
-            sums.absorb(kappa, values)
-        if plain is not None:
-            sums.merge(plain)
+            kappa = keys.powers(k_tile, block, room) if sums.plain else None
+            if kappa is None:
+                sums.settle()  # more of them will be out of range
+                kappa = sums.enter(keys(k_tile, block, out=room))
+                assert kappa is not None
+            sums.absorb(kappa, keys.rows(v_tile, block))
+        sums.settle()
         sums.write(final, tile)
     return final
 

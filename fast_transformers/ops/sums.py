@@ -10,6 +10,7 @@ from .layout import Tile
 from .scaling import lowest, reference
 
 Triple = tuple[Tensor, Tensor, Tensor | None]  # kv (N, H, F, M), z and shift (N, H, F)
+RANGE = 50.0  # of the logarithms of sums that may be relative to 1
 
 
 def empty_sums(v: Tensor, features: int, exponential: bool, dtype: torch.dtype) -> Triple:
@@ -34,11 +35,12 @@ class Sums:
     """S (G, F, M) and z (G, F), relative to 2^shift (G, F) for exponential features.
 
     S is a part of the (contiguous) state that it was taken from, and is changed in place; the
-    other two are replaced, and :meth:`write` puts them back.
+    other two are replaced, and :meth:`write` puts them back. While the sums are ``plain`` they
+    are relative to 1 though features are exponential, and there is no shift.
     """
 
-    def __init__(self, kv: Tensor, z: Tensor, shift: Tensor | None) -> None:
-        self.kv, self.z, self.shift = kv, z, shift
+    def __init__(self, kv: Tensor, z: Tensor, shift: Tensor | None, plain: bool = False) -> None:
+        self.kv, self.z, self.shift, self.plain = kv, z, shift, plain
 
     @classmethod
     def of_tile(cls, state: Triple, tile: Tile) -> Sums:
@@ -53,35 +55,35 @@ class Sums:
                 # cut as mine was: it may be this very memory
                 whole[tile.rows, tile.heads].flatten(0, 1).copy_(mine)
 
-    def plain(self) -> Sums:
-        """Sums of no keys, relative to 1."""
-        return Sums(torch.zeros_like(self.kv), torch.zeros_like(self.z), None)
-
     def snapshot(self) -> Sums:
-        return Sums(self.kv.clone(), self.z, self.shift)
+        return Sums(self.kv.clone(), self.z, self.shift, self.plain)
 
     def level(self) -> tuple[Sums, Tensor]:
         """The same relative to one power of 2 for all features of a head, and its logarithm
         (G, 1, 1).
 
-        What vanishes against the largest feature does so in the products with :meth:`powers
-        <.kinds.Hyperbolic.powers>`, too, of which 80 are between the largest and the smallest.
+        What vanishes against the largest feature does so in products with powers that are in
+        range, too.
         """
         assert self.shift is not None
         top = self.shift.amax(-1, keepdim=True)
         factor = (self.shift - top).exp2_()
         return Sums(self.kv * factor[..., None], self.z * factor, None), top[..., None]
 
-    def merge(self, other: Sums) -> None:
-        """Add sums that are relative to 1, and 0 or between 2^-100 and 2^100."""
+    def unshift(self) -> None:
+        """Make the sums plain, if they are in range."""
         assert self.shift is not None
-        top = other.z.log2().floor_().clamp_(min=lowest(other.z.dtype))
-        shift = torch.maximum(self.shift, top)
-        self._scale((self.shift - shift).exp2_())
-        factor = shift.clamp(min=-100.0).neg_().exp2_()
-        self.kv.addcmul_(other.kv, factor[..., None])
-        self.z = torch.addcmul(self.z, other.z, factor)
-        self.shift = shift
+        shift = torch.where(self.z > 0, self.shift, 0.0)
+        low, high = shift.aminmax()
+        if low >= -RANGE and high <= RANGE:
+            self._scale(shift.exp2_())
+            self.shift, self.plain = None, True
+
+    def settle(self) -> None:
+        """Give sums that are plain the shift that :meth:`enter` works with."""
+        if self.plain:
+            self.shift, self.plain = self.z.log2().floor_().clamp_(min=lowest(self.z.dtype)), False
+            self._scale(self.shift.clamp(min=-2 * RANGE).neg_().exp2_())
 
     def enter(self, a: Tensor, masked: bool = False, whole: bool = True) -> Tensor | None:
         """Factors of the keys of a block relative to a shift that includes them.
@@ -135,13 +137,8 @@ class Sums:
             self.z = self.z + total
         return torch.stack(after[::-1])
 
-    def absorb(self, kappa: Tensor, v: Tensor, weights: Tensor | None = None) -> None:
-        """Add all keys and values of a block, times weights (T, G, C, 1) of the keys."""
-        if weights is not None:
-            v = v * weights
+    def absorb(self, kappa: Tensor, v: Tensor) -> None:
+        """Add all keys and values of a block."""
         for i in range(len(kappa)):
             self.add(kappa[i].mT, v[i])
-        if weights is None:
-            self.z_before(kappa)
-        else:
-            self.z = self.z + torch.matmul(weights.mT, kappa).sum((0, 2))
+        self.z_before(kappa)

@@ -9,6 +9,7 @@ import torch
 
 from fast_transformers import ops
 from fast_transformers.feature_maps import Favor, features_of
+from fast_transformers.ops.sums import Sums
 from tests.support import assert_as_accurate, differentiate, make_qkv
 
 FUNCTIONS = {"full": ops.linear_attention, "causal": ops.causal_linear_attention}
@@ -59,7 +60,8 @@ def test_keys_of_very_different_norms(order: str, kind: str) -> None:
 
 @pytest.mark.parametrize("queries", [0.01, 1.0, 2.0, 20.0])
 @pytest.mark.parametrize("keys", [0.01, 1.0, 2.0, 20.0])
-def test_sums_and_queries_in_and_out_of_range(keys: float, queries: float) -> None:
+@pytest.mark.parametrize("kind", FUNCTIONS)
+def test_sums_and_queries_in_and_out_of_range(kind, keys: float, queries: float) -> None:
     """Of features that are summed as they are, and those that are only so relative to others;
     from a state of either sort, some of whose blocks were of one sort and some of the other."""
     q, k, v = make_qkv(200, N=1, H=2, E=64, M=8)
@@ -74,7 +76,7 @@ def test_sums_and_queries_in_and_out_of_range(keys: float, queries: float) -> No
         (torch.float32, "chunked"),
     ):
         inputs = [x.to(dtype) for x in (q, k, v)]
-        attend = partial(ops.linear_attention, features=features, impl=impl, chunk_size=64)
+        attend = partial(FUNCTIONS[kind], features=features, impl=impl, chunk_size=64)
         first = attend(*inputs, key_mask=mask)
         more = attend(inputs[0], inputs[1].flip(3), inputs[2], state=first.state)
         found[dtype, impl] = first.values, more.values, attend(*inputs).values
@@ -82,6 +84,24 @@ def test_sums_and_queries_in_and_out_of_range(keys: float, queries: float) -> No
     exact, plain, actual = found.values()
     for a, p, e in zip(actual, plain, exact, strict=True):
         assert_as_accurate(a, p, e, log_size=logs)
+
+
+@pytest.mark.parametrize("kind", FUNCTIONS)
+def test_features_in_range_need_no_shift(kind, monkeypatch) -> None:
+    def enter(*_, **__):
+        raise AssertionError
+
+    monkeypatch.setattr(Sums, "enter", enter)
+    attend, features = FUNCTIONS[kind], favor()
+    q, k, v = make_qkv(700, N=1, H=2, E=64, M=8)
+    state = attend(q, k, v, features, impl="chunked").state
+    assert state.shift is not None
+    assert ((state.z >= 1) & (state.z < 2)).all()
+    attend(q, k, v, features, state=state, impl="chunked")
+    for outlier in (100.0, torch.nan):
+        k[0, 650] = outlier
+        with pytest.raises(AssertionError):
+            attend(q, k, v, features, impl="chunked")
 
 
 @pytest.mark.parametrize("impl", ["chunked", "reference", "recurrent"])

@@ -15,7 +15,11 @@ from fast_transformers import ops
 from fast_transformers.feature_maps import Favor, features_of
 from tests.support import exponential_features, make_qkv, positive_features
 
-FEATURES = {"positive": positive_features(), "exponential": exponential_features()}
+FEATURES = {
+    "positive": positive_features(),
+    "exponential": exponential_features(),
+    "favor": features_of(Favor(8, n_dims=16, generator=0).eval()),
+}
 IMPLS = ["chunked", "reference", "recurrent"]
 close = {"rtol": 1e-10, "atol": 1e-10}
 
