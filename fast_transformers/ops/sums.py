@@ -73,10 +73,10 @@ class Sums:
     def unshift(self) -> None:
         """Make the sums plain, if they are in range."""
         assert self.shift is not None
-        shift = torch.where(self.z > 0, self.shift, 0.0)
-        low, high = shift.aminmax()
+        some = self.z > 0
+        low, high = torch.where(some, self.z.log2() + self.shift, 0.0).aminmax()
         if low >= -RANGE and high <= RANGE:
-            self._scale(shift.exp2_())
+            self._scale(torch.where(some, self.shift, 0.0).exp2_())
             self.shift, self.plain = None, True
 
     def settle(self) -> None:

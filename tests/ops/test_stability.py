@@ -98,6 +98,9 @@ def test_features_in_range_need_no_shift(kind, monkeypatch) -> None:
     assert state.shift is not None
     assert ((state.z >= 1) & (state.z < 2)).all()
     attend(q, k, v, features, state=state, impl="chunked")
+    large = ops.LinearState(state.kv * 2.0**60, state.z * 2.0**60, state.shift)
+    with pytest.raises(AssertionError):
+        attend(q, k, v, features, state=large, impl="chunked")
     for outlier in (100.0, torch.nan):
         k[0, 650] = outlier
         with pytest.raises(AssertionError):
