@@ -1,5 +1,5 @@
-# make demo   train on the digits and draw from the model as an RNN (3 to 4 minutes)
-# make test   check the code and run all the tests (about 10 minutes)
+# make demo   train on the digits and draw from the model as an RNN (3 to 6 minutes)
+# make test   check the code and run all the tests (10 to 18 minutes)
 # make check  ruff and pyright alone
 # make clean  remove the virtual environment and what the demo wrote
 
