@@ -216,10 +216,11 @@ def _forward_block(
     """Write the values of a block, unless its keys differ too much to be worked together."""
     queries, keys = encoders
     p, kappa, v, weights, values = room.p, room.kappa, room.v, room.weights, room.values
-    offset = p.new_zeros(()) if sums.plain else None
-    if offset is None or not _powers(inputs, encoders, block, room):
+    if sums.plain and keys.key_powers(inputs.k, block, kappa):
+        offset = queries.query_powers(inputs.q, block, p)
+    else:
         sums.settle()  # more of them will be out of range
-        a = keys(inputs.k, block, out=kappa)
+        a, offset = keys(inputs.k, block, out=kappa), None
         if sums.enter(a, inputs.key_mask is not None, whole=False) is None:
             return False
         queries(inputs.q, block, sums.shift, p)
@@ -244,15 +245,6 @@ def _forward_block(
     if call.settings.keep and sums.shift is not None:
         kept.cuts[:, :, block.start] = True
     return True
-
-
-def _powers(inputs: Inputs, encoders: tuple[Encoder, Encoder], block: Block, room: _Room) -> bool:
-    """Write exponential features of a block, if they are in range."""
-    queries, keys = encoders
-    return (
-        keys.powers(inputs.k, block, room.kappa) is not None
-        and queries.powers(inputs.q, block, room.p) is not None
-    )
 
 
 def triangles(pairs: Tensor) -> Tensor:

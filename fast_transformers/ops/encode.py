@@ -65,20 +65,27 @@ class Encoder:
             return self._finish(self._function(given), block, shift, out)
 
     def has_powers(self, x: Tensor) -> bool:
-        """Whether :meth:`powers` may be called; a GPU is not asked for the range of numbers."""
+        """Whether the next two may be called; a GPU is not asked for the range of numbers."""
         return isinstance(self._kind, Hyperbolic) and x.device.type == "cpu"
 
-    def powers(self, x: Tensor, block: Block, out: Tensor) -> Tensor | None:
-        """Exponential features of a block, written to ``out``; None if they are out of range."""
+    def query_powers(self, x: Tensor, block: Block, out: Tensor) -> Tensor:
+        """Write exponential features of a block themselves to ``out``; the logarithm of what they
+        are relative to, 0 but for rows that are out of range."""
+        kind = self._powered(out)
+        return kind.query_powers(self.rows(x, block), out)
+
+    def key_powers(self, x: Tensor, block: Block, out: Tensor) -> bool:
+        """Write exponential features of a block themselves to ``out``, if all are in range."""
+        kind = self._powered(out)
+        if not kind.key_powers(self.rows(x, block), out):
+            return False
+        self.clear(out, block)
+        return True
+
+    def _powered(self, out: Tensor) -> Hyperbolic:
         assert isinstance(self._kind, Hyperbolic)
         check_widths(2 * self._kind.omega.shape[1], out.shape[-1])
-        rows = self.rows(x, block)
-        if not self._of_keys:
-            return self._kind.query_powers(rows, out)
-        found = self._kind.key_powers(rows, out)
-        if found is not None:
-            self.clear(found, block)
-        return found
+        return self._kind
 
     def differentiated(
         self,

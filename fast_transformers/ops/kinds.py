@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .processor import mkl_is_slow
+from .processor import exp_
 from .products import product
 
 LOG2E = math.log2(math.e)
@@ -96,7 +96,7 @@ class EluPlusOne(Kind):
 
     def value(self, x: Tensor, out: Tensor | None = None) -> Tensor:
         positive = x.relu()  # first: it reads x, from memory, in the order in which it lies there
-        return _exp_(torch.clamp_max(x, 0.0, out=out)).add_(positive)
+        return exp_(torch.clamp_max(x, 0.0, out=out)).add_(positive)
 
     def back(self, gradient: Tensor, phi: Tensor) -> Tensor:
         return gradient.mul_(phi.clamp_max(1.0))
@@ -225,23 +225,34 @@ class Hyperbolic(Projected):
             return self.value(x, out)
         return _signs(self.project(x), *shift.chunk(2, -1), out=out)
 
-    def query_powers(self, x: Tensor, out: Tensor) -> Tensor | None:
-        """2 to the logarithms of queries; None if they are out of range. The second half are
-        reciprocals of the first: this takes half of the time of logarithms, and of 2 to them."""
+    def query_powers(self, x: Tensor, out: Tensor) -> Tensor:
+        """2 to the logarithms of queries, to ``out``, less an offset (..., 1) of rows that are out
+        of range, which is returned. No row depends on another."""
         u = self.project(x)
-        low, high = u.aminmax()
-        if not max(-float(low), float(high)) <= self.most:
-            return None
-        width = u.shape[-1]
-        torch.reciprocal(torch.exp2(u, out=out[..., :width]), out=out[..., width:])
-        return out
+        if self._powers(u, out):
+            return u.new_zeros(())
+        offset = u.abs().amax(-1, keepdim=True)
+        offset.masked_fill_(offset <= self.most, 0.0)
+        first, second = out.chunk(2, -1)
+        torch.exp2(u - offset, out=first)
+        second.copy_(torch.where(offset == 0, first.reciprocal(), (-u - offset).exp2_()))
+        return offset
 
-    def key_powers(self, x: Tensor, out: Tensor) -> Tensor | None:
-        """The same of keys."""
+    def key_powers(self, x: Tensor, out: Tensor) -> bool:
+        """2 to the logarithms of keys, to ``out``, if they are in range."""
         offset = self._offset(x)
-        if not float(offset.amin()) >= -self.most or self.query_powers(x, out) is None:
-            return None
-        return out.mul_(offset.exp2_())
+        found = float(offset.amin()) >= -self.most and self._powers(self.project(x), out)
+        if found:
+            out.mul_(offset.exp2_())
+        return found
+
+    def _powers(self, u: Tensor, out: Tensor) -> bool:
+        """[2^u, 2^-u], if they are in range; half of the time of logarithms, and of 2 to them."""
+        found = all(abs(float(x)) <= self.most for x in u.aminmax())
+        if found:
+            first, second = out.chunk(2, -1)
+            torch.reciprocal(torch.exp2(u, out=first), out=second)
+        return found
 
     def keys(self, x: Tensor, out: Tensor | None = None) -> Tensor:
         offset = self._offset(x)
@@ -260,19 +271,11 @@ class Hyperbolic(Projected):
         return torch.rsub(norm, -self.constant, alpha=self.temp * LOG2E / 2)
 
     def queries_back(self, gradient: Tensor, phi: Tensor, x: Tensor) -> Tensor:
-        width = self.omega.shape[1]
-        return self.project_back(gradient[..., :width] - gradient[..., width:])
+        return self.project_back(torch.sub(*gradient.chunk(2, -1)))
 
     def keys_back(self, gradient: Tensor, phi: Tensor, x: Tensor) -> Tensor:
         total = gradient.sum(-1, keepdim=True)
         return self.queries_back(gradient, phi, x).addcmul_(x, total, value=-self.temp)
-
-
-def _exp_(x: Tensor) -> Tensor:
-    """e^x in place; many elements as powers of 2, where those take a third of the time."""
-    if torch.compiler.is_compiling() or x.numel() <= 4096 or not mkl_is_slow():
-        return x.exp_()
-    return x.mul_(LOG2E).exp2_()
 
 
 def _signs(u: Tensor, plus: Tensor, minus: Tensor, out: Tensor | None) -> Tensor:

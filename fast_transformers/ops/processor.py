@@ -5,11 +5,13 @@ Asked once a process, so that one machine always adds in one order.
 
 from __future__ import annotations
 
+import math
 import platform
 from functools import cache
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 
 @cache
@@ -32,3 +34,10 @@ def _cpu() -> str:
         return Path("/proc/cpuinfo").read_text()
     except OSError:  # not Linux
         return platform.processor()
+
+
+def exp_(x: Tensor) -> Tensor:
+    """e^x in place; many elements as powers of 2, where those take a third of the time."""
+    if torch.compiler.is_compiling() or x.numel() <= 4096 or not mkl_is_slow():
+        return x.exp_()
+    return x.mul_(math.log2(math.e)).exp2_()

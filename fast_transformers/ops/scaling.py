@@ -7,11 +7,13 @@ With the running maximum of the keys as shift and max_i(b_ti + shift_i) as offse
 at most 1, so nothing overflows, and what underflows is negligible against a total of at least 1.
 (The shift may lag behind by a few powers of 2, see :func:`reference`.)
 
-On a CPU the features 2^(offset +- u) of most inputs are summed as they are, from the first block
-on and until one is out of range (:meth:`.sums.Sums.unshift`). While |u| and -offset are at most
-40, and sums begin between 2^-50 and 2^50, features are 2^-80 to 2^40; a million keys add less than
-2^110 to products with queries; and denominators are at least 2^-40, since one of each pair of
-their terms is at least 2^offset: far from the ends of float32, 2^-126 and 2^128.
+On a CPU the features 2^(offset +- u) of most keys are summed as they are, from the first block
+on and until one is out of range (:meth:`.sums.Sums.unshift`): |u| and -offset are at most 40, and
+sums begin between 2^-40 and 2^40. Features are 2^-80 to 2^40 then; what a million keys add to
+products with queries is less than 2^110; and denominators, one of each pair of whose terms is at
+least 2^offset, are at least 2^-40: far from the ends of float32, 2^-126 and 2^128. Queries that
+are out of range themselves have an offset of their own; what of their factors underflows is
+negligible, as the features of a key, and so sums over keys, differ by 2^80 at most.
 
 Logarithms are to base 2 throughout: powers of 2 are the cheaper exponentials. Features that are
 no exponentials have ``shift=None`` and pass through unchanged.

@@ -70,8 +70,8 @@ def accumulate(
         room = None
         for block in _chunks(length, call, sums, "accumulate"):
             room = _room(room, sums, block)
-            kappa = keys.powers(k_tile, block, room) if sums.plain else None
-            if kappa is None:
+            kappa = room
+            if not (sums.plain and keys.key_powers(k_tile, block, kappa)):
                 sums.settle()  # more of them will be out of range
                 kappa = sums.enter(keys(k_tile, block, out=room))
                 assert kappa is not None
@@ -130,11 +130,11 @@ def attend(call: Call, q: Tensor, state: Triple) -> tuple[Tensor, Tensor]:
         room = None
         for block in _chunks(length, call, sums, "attend"):
             room = _room(room, sums, block, groups)
-            if level is not None and (p := queries.powers(q_tile, block, room)) is not None:
-                at, offset = level
+            if level is not None:
+                p, (at, offset) = room, level
+                offset = offset + queries.query_powers(q_tile, block, p)
             else:
-                level, at, offset = None, sums, None  # more of them will be out of range
-                p = queries(q_tile, block, sums.shift, room)
+                p, at, offset = queries(q_tile, block, sums.shift, room), sums, None
                 if sums.shift is not None:
                     p, offset = query_factors(p)
             # a row times the transpose takes MKL half the time of a product with a column

@@ -10,7 +10,7 @@ from .layout import Tile
 from .scaling import lowest, reference
 
 Triple = tuple[Tensor, Tensor, Tensor | None]  # kv (N, H, F, M), z and shift (N, H, F)
-RANGE = 50.0  # of the logarithms of sums that may be relative to 1
+SPREAD = 80.0  # powers of 2 between features, twice what ``kinds.Hyperbolic`` takes for in range
 
 
 def empty_sums(v: Tensor, features: int, exponential: bool, dtype: torch.dtype) -> Triple:
@@ -58,16 +58,15 @@ class Sums:
     def snapshot(self) -> Sums:
         return Sums(self.kv.clone(), self.z, self.shift, self.plain)
 
-    def level(self) -> tuple[Sums, Tensor]:
+    def level(self) -> tuple[Sums, Tensor] | None:
         """The same relative to one power of 2 for all features of a head, and its logarithm
-        (G, 1, 1).
-
-        What vanishes against the largest feature does so in products with powers that are in
-        range, too.
-        """
+        (G, 1, 1); None if they differ too much."""
         assert self.shift is not None
         top = self.shift.amax(-1, keepdim=True)
-        factor = (self.shift - top).exp2_()
+        less = self.shift - top
+        if not less.amin() >= -SPREAD:
+            return None
+        factor = less.exp2_()
         return Sums(self.kv * factor[..., None], self.z * factor, None), top[..., None]
 
     def unshift(self) -> None:
@@ -75,7 +74,7 @@ class Sums:
         assert self.shift is not None
         some = self.z > 0
         low, high = torch.where(some, self.z.log2() + self.shift, 0.0).aminmax()
-        if low >= -RANGE and high <= RANGE:
+        if low >= -SPREAD / 2 and high <= SPREAD / 2:
             self._scale(torch.where(some, self.shift, 0.0).exp2_())
             self.shift, self.plain = None, True
 
@@ -83,7 +82,7 @@ class Sums:
         """Give sums that are plain the shift that :meth:`enter` works with."""
         if self.plain:
             self.shift, self.plain = self.z.log2().floor_().clamp_(min=lowest(self.z.dtype)), False
-            self._scale(self.shift.clamp(min=-2 * RANGE).neg_().exp2_())
+            self._scale(self.shift.clamp(min=-SPREAD).neg_().exp2_())
 
     def enter(self, a: Tensor, masked: bool = False, whole: bool = True) -> Tensor | None:
         """Factors of the keys of a block relative to a shift that includes them.
