@@ -167,9 +167,8 @@ def _forward_tile(call: Call, inputs: Inputs, sums: Sums, out: Tensor, kept: Kep
     encoders, room = inputs.encoders(call), None
     for i, interval in enumerate(intervals(call, inputs, features)):
         if call.settings.keep:
-            kept.write(
-                i, sums
-            )  # the first as it is given: gradients of it are relative to its shift
+            kept.write(i, sums)
+        # after the first is kept as it is given: its gradients are relative to its shift
         if i == 0 and encoders[1].has_powers(inputs.k):
             sums.unshift()
         waiting = cut(interval, call.chunk, features)[::-1]
