@@ -58,8 +58,8 @@ class Call(NamedTuple):
             )
         return cls(settings, features, dtype, settings.chunk or chunk)
 
-    def encoder(self, **options: Any) -> Encoder:
-        return Encoder(self.features, self.dtype, again=self.settings.keep, **options)
+    def encoder(self, x: Tensor, **options: Any) -> Encoder:
+        return Encoder(self.features, self.dtype, x, again=self.settings.keep, **options)
 
     def lift(self, seen: bool) -> tuple[float, bool]:
         """What is added to denominators, and whether they are known to exceed 0 then.

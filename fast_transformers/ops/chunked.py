@@ -27,10 +27,9 @@ from .layout import (
     Block,
     Tile,
     blocks,
-    scale_into,
     tiles,
-    write_into,
 )
+from .rows import Rows
 from .scaling import factor_of, norm_of, query_factors
 from .sums import Sums, Triple, empty_sums, start_from
 from .threads import paced, popped
@@ -56,8 +55,8 @@ class Inputs(NamedTuple):
     def encoders(self, call: Call) -> tuple[Encoder, Encoder]:
         """Of queries and of keys."""
         return (
-            call.encoder(groups=self.groups),
-            call.encoder(of_keys=True, mask=self.key_mask),
+            call.encoder(self.q, groups=self.groups),
+            call.encoder(self.k, of_keys=True, mask=self.key_mask),
         )
 
 
@@ -163,20 +162,24 @@ def forward(call: Call, inputs: Inputs, state: Triple | None) -> tuple[Tensor, T
 
 
 def _forward_tile(call: Call, inputs: Inputs, sums: Sums, out: Tensor, kept: Kept) -> None:
-    features = sums.z.shape[-1]
-    encoders, room = inputs.encoders(call), None
+    features, groups, room = sums.z.shape[-1], inputs.groups, None
+    encoders = inputs.encoders(call)
+    rows = Rows(inputs.v), Rows(out, groups), Rows(kept.norm, groups)
     for i, interval in enumerate(intervals(call, inputs, features)):
         if call.settings.keep:
             kept.write(i, sums)
         # after the first is kept as it is given: its gradients are relative to its shift
-        if i == 0 and encoders[1].has_powers(inputs.k):
+        if i == 0 and encoders[1].has_powers:
             sums.unshift()
         waiting = cut(interval, call.chunk, features)[::-1]
         for block in paced(popped(waiting), out, "causal", *sums.kv.shape, call.chunk):
             if room is None or room.size != block[1:]:
-                room = _Room(inputs, block, sums)
-            if not _forward_block(call, inputs, encoders, block, sums, out, kept, room):
+                room = _Room(groups, block, sums)
+            masked = inputs.key_mask is not None
+            if not _forward_block(call, encoders, rows, block, sums, room, masked):
                 waiting += block.halves()[::-1]
+            elif call.settings.keep and sums.shift is not None:
+                kept.cuts[:, :, block.start] = True
     sums.settle()
 
 
@@ -187,10 +190,10 @@ class _Room:
     the views takes as long as a product.
     """
 
-    def __init__(self, inputs: Inputs, block: Block, sums: Sums) -> None:
+    def __init__(self, groups: int, block: Block, sums: Sums) -> None:
         self.size = t, c = block[1:]
         g, features, m = sums.kv.shape
-        rows = inputs.groups * c
+        rows = groups * c
         of_queries = [(t, g, rows, width) for width in (features, m, c)]
         shapes = *of_queries, (t, g, c, features), (t, g, c, m)
         sizes = [math.prod(shape) for shape in shapes]
@@ -204,28 +207,30 @@ class _Room:
 
 def _forward_block(
     call: Call,
-    inputs: Inputs,
     encoders: tuple[Encoder, Encoder],
+    rows: tuple[Rows, Rows, Rows],
     block: Block,
     sums: Sums,
-    out: Tensor,
-    kept: Kept,
     room: _Room,
+    masked: bool,
 ) -> bool:
-    """Write the values of a block, unless its keys differ too much to be worked together."""
-    queries, keys = encoders
+    """Write the values of a block, unless its keys differ too much to be worked together.
+
+    ``rows`` are those of the values, the output and the denominators.
+    """
+    (queries, keys), (given, out, norm) = encoders, rows
     p, kappa, v, weights, values = room.p, room.kappa, room.v, room.weights, room.values
-    if sums.plain and keys.key_powers(inputs.k, block, kappa):
-        offset = queries.query_powers(inputs.q, block, p)
+    if sums.plain and keys.key_powers(block, kappa):
+        offset = queries.query_powers(block, p)
     else:
         sums.settle()  # more of them will be out of range
-        a, offset = keys(inputs.k, block, out=kappa), None
-        if sums.enter(a, inputs.key_mask is not None, whole=False) is None:
+        a, offset = keys(block, out=kappa), None
+        if sums.enter(a, masked, whole=False) is None:
             return False
-        queries(inputs.q, block, sums.shift, p)
+        queries(block, sums.shift, p)
         if sums.shift is not None:
             p, offset = query_factors(p)
-    keys.gather(inputs.v, block, v)
+    keys.gather(given, block, v)
     torch.matmul(p, room.across, out=weights)
     room.triangles.tril_()
     torch.matmul(weights, v, out=values)
@@ -234,15 +239,13 @@ def _forward_block(
         sums.add(across, v_i)
     denominator = p.mul_(sums.z_before(kappa)[:, :, None]).sum(-1, keepdim=True)
     denominator += weights.sum(-1, keepdim=True)
-    if call.settings.normalised:
-        factor = factor_of(denominator, *call.lift(seen=inputs.key_mask is None))
-        scale_into(out, block, values, factor, inputs.groups)
-        if call.settings.keep:
-            write_into(kept.norm, block, norm_of(denominator, factor, offset), inputs.groups)
-    else:
-        write_into(out, block, values, inputs.groups)
-    if call.settings.keep and sums.shift is not None:
-        kept.cuts[:, :, block.start] = True
+    if not call.settings.normalised:
+        out.write(block, values)
+        return True
+    factor = factor_of(denominator, *call.lift(seen=not masked))
+    out.write_product(block, values, factor)
+    if call.settings.keep:
+        norm.write(block, norm_of(denominator, factor, offset))
     return True
 
 

@@ -23,8 +23,8 @@ from torch import Tensor
 from .call import Call
 from .chunked import Inputs, Kept, cut, intervals, triangles
 from .encode import PullBack
-from .layout import Block, group, tiles, write_into
-from .summed import row_dots
+from .layout import Block, tiles
+from .rows import Rows
 from .sums import Sums
 from .threads import paced, popped
 
@@ -87,7 +87,9 @@ class _Sweep:
         kept: Kept,
         d_parameters: list[Tensor | None],
     ) -> None:
-        self._call, self._inputs, self._out, self._d_out = call, inputs, out, d_out
+        self._call, self._inputs, groups = call, inputs, inputs.groups
+        self._v, self._out, self._d_out = Rows(inputs.v), Rows(out, groups), Rows(d_out, groups)
+        self._norm = Rows(kept.norm, groups)
         self._kept, self._d_parameters = kept, d_parameters
         self._queries, self._keys = inputs.encoders(call)
         self._cuts = kept.cuts[0, 0].tolist() if call.features.exponential else None
@@ -95,15 +97,15 @@ class _Sweep:
     def run(self, future: Sums, gradients: Gradients) -> None:
         """From the last interval to the first, with the sums of the future so far."""
         exponential = self._call.features.exponential
-        dq, dk, dv = gradients
+        dq, dk, dv = map(Rows, gradients, (self._inputs.groups, 1, 1))
         pieces = intervals(self._call, self._inputs, self._kept.kv.shape[-2])
         for i, interval in reversed([*enumerate(pieces)]):
             sums = self._kept.read(i, exponential)
-            work = *sums.kv.shape, self._call.chunk
+            kv, work = sums.kv, (*sums.kv.shape, self._call.chunk)
             past, seen = sums.snapshot(), []
-            for block in paced(self._blocks(interval), self._out, "causal backward", *work):
+            for block in paced(self._blocks(interval), kv, "causal backward", *work):
                 seen.append(self._forth(block, past, dq))
-            for one in paced(popped(seen), self._out, "causal backward, back", *work):
+            for one in paced(popped(seen), kv, "causal backward, back", *work):
                 self._back(one, future, dk, dv)
                 del one  # its memory serves the next block
             if i == 0 and sums.shift is not None:
@@ -121,15 +123,13 @@ class _Sweep:
                 found.append(block)
         return found
 
-    def _forth(self, block: Block, past: Sums, dq: Tensor) -> _Seen:
+    def _forth(self, block: Block, past: Sums, dq: Rows) -> _Seen:
         """Gradients of the queries of a block; its keys are added to the sums."""
-        a, keys_back = self._keys.differentiated(self._inputs.k, block, self._d_parameters)
-        v, kappa = self._keys.rows(self._inputs.v, block), past.enter(a)
+        a, keys_back = self._keys.differentiated(block, self._d_parameters)
+        v, kappa = self._keys.rows(self._v, block), past.enter(a)
         assert kappa is not None
-        b, queries_back = self._queries.differentiated(
-            self._inputs.q, block, self._d_parameters, past.shift
-        )
-        do = group(block.of(self._d_out).to(self._call.dtype), block, self._inputs.groups)
+        b, queries_back = self._queries.differentiated(block, self._d_parameters, past.shift)
+        do = self._d_out[block].to(self._call.dtype)
         norm, delta = self._norm_and_delta(block, do)
         if past.shift is None:
             p, do, delta = b, do * norm, delta * norm  # both in the place of p, which is wider
@@ -149,7 +149,7 @@ class _Sweep:
         queries_back(db if past.shift is None else db.mul_(p), dq)
         return _Seen(block, p, kappa, v, do, delta, pairs, past.shift, keys_back)
 
-    def _back(self, seen: _Seen, future: Sums, dk: Tensor, dv_out: Tensor) -> None:
+    def _back(self, seen: _Seen, future: Sums, dk: Rows, dv_out: Rows) -> None:
         """Gradients of the keys and values of a block; its queries are added to the sums."""
         block, p, kappa, v, do, delta, pairs, shift, keys_back = seen
         if shift is not None:
@@ -171,12 +171,10 @@ class _Sweep:
         else:
             da.mul_(kappa)
         keys_back(da, dk)
-        write_into(dv_out, block, dv)
+        dv_out.write(block, dv)
 
     def _norm_and_delta(self, block: Block, do: Tensor) -> tuple[Tensor, Tensor]:
         """Both (T, G, R*C, 1)."""
         if not self._call.settings.normalised:
             return do.new_ones(1), do.new_zeros(1).expand(*do.shape[:-1], 1)
-        groups = self._inputs.groups
-        norm = group(block.of(self._kept.norm), block, groups)
-        return norm, row_dots(self._out, self._d_out, block, groups)
+        return self._norm[block], self._out.dot(self._d_out, block)

@@ -11,9 +11,10 @@ from torch import Tensor
 from .checks import check_widths
 from .features import Features
 from .kinds import KINDS, LOG2E, Hyperbolic, Kind
-from .layout import Block, group, natural, ungroup, write_into
+from .layout import Block
+from .rows import Rows, ungroup
 
-PullBack = Callable[[Tensor, Tensor], None]  # gradient of the features, gradient of x to fill
+PullBack = Callable[[Tensor, Rows], None]  # gradient of the features, gradient of x to fill
 
 
 class Encoder:
@@ -24,6 +25,7 @@ class Encoder:
     Args:
         features: the map.
         dtype: dtype of the sums, in which features are given.
+        x: (N, length, H*R, E) of the tile.
         of_keys: whether this is the keys' half of the map.
         groups: query heads for every key head.
         mask: (n, length) bool of the tile, True = keep; dropped rows may hold anything.
@@ -37,6 +39,7 @@ class Encoder:
         self,
         features: Features,
         dtype: torch.dtype,
+        x: Tensor,
         *,
         of_keys: bool = False,
         groups: int = 1,
@@ -44,40 +47,43 @@ class Encoder:
         again: bool = False,
     ) -> None:
         self._features, self._dtype, self._groups, self._again = features, dtype, groups, again
-        self._drop = None if mask is None else ~mask[:, :, None, None]
+        self._x, self._drop = Rows(x, groups), None
+        if mask is not None:
+            self._drop = Rows(~mask[:, :, None, None].expand(-1, -1, x.shape[2], 1))
         self._function = features.keys if of_keys else features.queries
         self._of_keys, self._kind = of_keys, None
         if features.formula is not None:
             self._kind = KINDS[features.formula.kind](features.formula, dtype)
 
     def __call__(
-        self, x: Tensor, block: Block, shift: Tensor | None = None, out: Tensor | None = None
+        self, block: Block, shift: Tensor | None = None, out: Tensor | None = None
     ) -> Tensor:
-        """Features of a block of (N, length, H*R, E), as (T, N*H, R*C, F), written to ``out``.
+        """Features of a block as (T, N*H, R*C, F), written to ``out``.
 
         ``shift`` (N*H, F) is added to the logarithms of exponential features of queries.
         """
         if self._kind is not None:
-            rows = self.rows(x, block)
+            rows = self.rows(self._x, block)
             return self._hide(self._evaluate(self._kind, rows, shift, out), block)
-        given = self._given(x, block)
-        with self._same_again(x, block):
+        given = self._given(block)
+        with self._same_again(block):
             return self._finish(self._function(given), block, shift, out)
 
-    def has_powers(self, x: Tensor) -> bool:
+    @property
+    def has_powers(self) -> bool:
         """Whether the next two may be called; a GPU is not asked for the range of numbers."""
-        return isinstance(self._kind, Hyperbolic) and x.device.type == "cpu"
+        return isinstance(self._kind, Hyperbolic) and self._x.x.device.type == "cpu"
 
-    def query_powers(self, x: Tensor, block: Block, out: Tensor) -> Tensor:
+    def query_powers(self, block: Block, out: Tensor) -> Tensor:
         """Write exponential features of a block themselves to ``out``; the logarithm of what they
         are relative to, 0 but for rows that are out of range."""
         kind = self._powered(out)
-        return kind.query_powers(self.rows(x, block), out)
+        return kind.query_powers(self.rows(self._x, block), out)
 
-    def key_powers(self, x: Tensor, block: Block, out: Tensor) -> bool:
+    def key_powers(self, block: Block, out: Tensor) -> bool:
         """Write exponential features of a block themselves to ``out``, if all are in range."""
         kind = self._powered(out)
-        if not kind.key_powers(self.rows(x, block), out):
+        if not kind.key_powers(self.rows(self._x, block), out):
             return False
         self.clear(out, block)
         return True
@@ -89,35 +95,34 @@ class Encoder:
 
     def differentiated(
         self,
-        x: Tensor,
         block: Block,
         d_parameters: list[Tensor | None],
         shift: Tensor | None = None,
     ) -> tuple[Tensor, PullBack]:
         """The same, and the function that pulls a gradient of phi, or of log(phi), back."""
         if self._kind is not None:
-            rows = self.rows(x, block)
+            rows = self.rows(self._x, block)
             phi = self._evaluate(self._kind, rows, shift)
             kind_back = self._kind.keys_back if self._of_keys else self._kind.queries_back
 
-            def back(gradient: Tensor, dx: Tensor) -> None:
-                write_into(dx, block, kind_back(gradient, phi, rows), self._groups)
+            def back(gradient: Tensor, dx: Rows) -> None:
+                dx.write(block, kind_back(gradient, phi, rows))
 
             return self._hide(phi, block), back
-        inputs = [self._given(x, block).requires_grad_(), *self._features.parameters]
+        inputs = [self._given(block).requires_grad_(), *self._features.parameters]
         with torch.enable_grad():
             value = self._function(inputs[0]).to(self._dtype)
         if block.start == 0:
             _check_leaves(value, inputs)
 
-        def pull_back(gradient: Tensor, dx: Tensor) -> None:
+        def pull_back(gradient: Tensor, dx: Rows) -> None:
             first, rest = None, []
             if value.requires_grad:
-                gradient = ungroup(gradient, block, x.shape[0], self._groups)
+                gradient = ungroup(gradient, block, dx.x.shape[0], self._groups)
                 first, *rest = torch.autograd.grad(value, inputs, gradient, allow_unused=True)
             if first is None:
                 first = torch.zeros_like(inputs[0])
-            block.of(dx).copy_(first)
+            block.of(dx.x).copy_(first)
             for i, extra in enumerate(rest):
                 if extra is not None:
                     old = d_parameters[i]
@@ -125,34 +130,27 @@ class Encoder:
 
         return self._finish(value.detach(), block, shift), pull_back
 
-    def rows(self, x: Tensor, block: Block) -> Tensor:
-        """A block of (N, length, H*R, D) as (T, N*H, R*C, D), with zeros in the masked rows."""
-        rows = block.of(x).to(self._dtype)
-        if self._drop is not None:
-            rows = rows.masked_fill(block.of(self._drop), 0.0)
-        return group(rows, block, self._groups)
+    def rows(self, x: Rows, block: Block) -> Tensor:
+        """A block of rows that are masked as these are, with zeros in the masked ones."""
+        rows = x[block]
+        if rows.dtype != self._dtype:
+            rows = rows.to(self._dtype)
+        return rows if self._drop is None else rows.masked_fill(self._drop[block], 0.0)
 
-    def gather(self, x: Tensor, block: Block, out: Tensor) -> None:
+    def gather(self, x: Rows, block: Block, out: Tensor) -> None:
         """The same, written to ``out``."""
-        view = natural(block.of(x), block, self._groups)
-        out.view(view.shape).copy_(view)
+        x.copy_to(out, block)
         self.clear(out, block)
 
     def clear(self, gradient: Tensor, block: Block) -> None:
         """Clear the masked rows of (T, N*H, C, F)."""
         if self._drop is not None:
-            gradient.masked_fill_(self._dropped(gradient, block), 0.0)
+            gradient.masked_fill_(self._drop[block], 0.0)
 
-    def _dropped(self, like: Tensor, block: Block) -> Tensor:
-        """Where rows are masked, (T, N*H, C, 1)."""
-        assert self._drop is not None
-        heads = like.shape[1] // self._drop.shape[0]
-        return group(block.of(self._drop).expand(-1, -1, heads, 1), block)
-
-    def _given(self, x: Tensor, block: Block) -> Tensor:
+    def _given(self, block: Block) -> Tensor:
         """What the user's function is called with."""
-        given = self._features.cast(block.of(x).detach(), self._dtype)
-        return given if self._drop is None else given.masked_fill(block.of(self._drop), 0.0)
+        given = self._features.cast(block.of(self._x.x).detach(), self._dtype)
+        return given if self._drop is None else given.masked_fill(block.of(self._drop.x), 0.0)
 
     def _evaluate(
         self, kind: Kind, rows: Tensor, shift: Tensor | None, out: Tensor | None = None
@@ -169,7 +167,7 @@ class Encoder:
     def _finish(
         self, phi: Tensor, block: Block, shift: Tensor | None, out: Tensor | None = None
     ) -> Tensor:
-        phi = group(phi.to(self._dtype), block, self._groups)
+        phi = Rows(phi.to(self._dtype), self._groups)[Block(0, block.t, block.c)]
         if out is not None:
             check_widths(phi.shape[-1], out.shape[-1])
         phi = torch.mul(phi, LOG2E if self._features.exponential else 1.0, out=out)
@@ -182,11 +180,11 @@ class Encoder:
         if self._drop is None:
             return phi
         nothing = -torch.inf if self._features.exponential else 0.0
-        return phi.masked_fill_(self._dropped(phi, block), nothing)
+        return phi.masked_fill_(self._drop[block], nothing)
 
-    def _same_again(self, x: Tensor, block: Block) -> AbstractContextManager[None]:
+    def _same_again(self, block: Block) -> AbstractContextManager[None]:
         if self._again and not self._features.any_heads and block.start == 0:
-            return _same_again(x)
+            return _same_again(self._x.x)
         return nullcontext()
 
 
@@ -208,7 +206,7 @@ def width(features: Features, x: Tensor, dtype: torch.dtype) -> int:
     if features.formula is not None:
         return KINDS[features.formula.kind].width(features.formula, x.shape[-1])
     block = Block(0, 1, min(x.shape[1], 1))
-    return Encoder(features, dtype, of_keys=True)(x, block).shape[-1]
+    return Encoder(features, dtype, x, of_keys=True)(block).shape[-1]
 
 
 def _check_leaves(value: Tensor, inputs: list[Tensor]) -> None:

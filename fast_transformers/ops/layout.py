@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 TILE = 8  # heads of long sequences worked at once
@@ -92,35 +91,3 @@ def blocks(start: int, stop: int, chunk: int, most: int) -> Iterator[Block]:
         block = Block(start, chunks, chunk) if chunks else Block(start, 1, stop - start)
         yield block
         start = block.at.stop
-
-
-def natural(x: Tensor, block: Block, groups: int = 1) -> Tensor:
-    """A (T, N, H, R, C, D) view of the rows (N, T*C, H*R, D) of a block."""
-    n, _, heads, d = x.shape
-    return x.view(n, block.t, block.c, heads // groups, groups, d).permute(1, 0, 3, 4, 2, 5)
-
-
-def group(x: Tensor, block: Block, groups: int = 1) -> Tensor:
-    """The rows (N, T*C, H*R, D) of a block as (T, N*H, R*C, D): a view, if N = R = 1."""
-    view = natural(x, block, groups)
-    t, n, h, r, c, d = view.shape
-    return view.reshape(t, n * h, r * c, d)
-
-
-def ungroup(x: Tensor, block: Block, n: int, groups: int = 1) -> Tensor:
-    """The inverse of :func:`group`: a view of what has the memory layout that it gave."""
-    t, g, rows, d = x.shape
-    x = x.view(t, n, g // n, groups, rows // groups, d).permute(1, 0, 4, 2, 3, 5)
-    return x.reshape(n, block.t * block.c, -1, d)
-
-
-def scale_into(out: Tensor, block: Block, x: Tensor, factor: Tensor, groups: int = 1) -> None:
-    """Write x (T, N*H, R*C, D) times a factor (T, N*H, R*C, 1) to rows of (N, length, ...)."""
-    view = natural(block.of(out), block, groups)
-    torch.mul(x.view(view.shape), factor.view(*view.shape[:-1], 1), out=view)
-
-
-def write_into(out: Tensor, block: Block, x: Tensor, groups: int = 1) -> None:
-    """Write x (T, N*H, R*C, D) to rows of (N, length, H*R, D)."""
-    view = natural(block.of(out), block, groups)
-    view.copy_(x.view(view.shape))

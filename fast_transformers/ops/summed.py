@@ -16,17 +16,8 @@ from torch import Tensor
 
 from .call import Call
 from .encode import width
-from .layout import (
-    BLOCK,
-    BLOCK_FEATURES,
-    MIN_CHUNK,
-    Block,
-    blocks,
-    group,
-    scale_into,
-    tiles,
-    write_into,
-)
+from .layout import BLOCK, BLOCK_FEATURES, MIN_CHUNK, Block, blocks, tiles
+from .rows import Rows
 from .scaling import factor_of, norm_of, query_factors
 from .sums import Sums, Triple, empty_sums, start_from
 from .threads import paced
@@ -41,11 +32,18 @@ def _chunks(length: int, call: Call, sums: Sums, what: str) -> Iterator[Block]:
     return paced(blocks(0, length, chunk, chunk), sums.kv, what, *sums.kv.shape, chunk)
 
 
-def _room(room: Tensor | None, sums: Sums, block: Block, groups: int = 1) -> Tensor:
-    """Memory for the features of a block: that of the block before, if they are as many."""
-    heads, features = sums.z.shape
-    shape = block.t, heads, groups * block.c, features
-    return sums.z.new_empty(shape) if room is None or room.shape != shape else room
+class _Room:
+    """Memory that blocks of one size use one after the other, and views of it."""
+
+    def __init__(self, sums: Sums, rows: int, *, values: bool = False) -> None:
+        g, f, m = sums.kv.shape
+        self.size = rows
+        self.features = sums.kv.new_empty(1, g, rows, f)
+        self.across = self.features[0].mT
+        if values:
+            self.values = sums.kv.new_empty(1, g, rows, m)
+            self.denominators = sums.kv.new_empty(g, 1, rows)
+            self.column = self.denominators.mT[None]
 
 
 def allocate_state(call: Call, k: Tensor, v: Tensor) -> Triple:
@@ -62,20 +60,18 @@ def accumulate(
     final = allocate_state(call, k, v)
     start_from(state, final)
     for tile in tiles(n, heads, length, call.whole):
-        k_tile, v_tile = tile.of(k), tile.of(v)
-        keys = call.encoder(of_keys=True, mask=tile.of_mask(key_mask))
-        sums = Sums.of_tile(final, tile)
-        if keys.has_powers(k):
+        keys = call.encoder(tile.of(k), of_keys=True, mask=tile.of_mask(key_mask))
+        values, sums, room = Rows(tile.of(v)), Sums.of_tile(final, tile), None
+        if keys.has_powers:
             sums.unshift()
-        room = None
         for block in _chunks(length, call, sums, "accumulate"):
-            room = _room(room, sums, block)
-            kappa = room
-            if not (sums.plain and keys.key_powers(k_tile, block, kappa)):
+            if room is None or room.size != block.c:
+                room = _Room(sums, block.c)
+            if not (sums.plain and keys.key_powers(block, room.features)):
                 sums.settle()  # more of them will be out of range
-                kappa = sums.enter(keys(k_tile, block, out=room))
-                assert kappa is not None
-            sums.absorb(kappa, keys.rows(v_tile, block))
+                sums.enter(keys(block, out=room.features))
+            sums.add(room.across, keys.rows(values, block)[0])
+            sums.z_before(room.features)
         sums.settle()
         sums.write(final, tile)
     return final
@@ -95,20 +91,20 @@ def accumulate_backward(
     n, length, heads, _ = v.shape
     dk, dv = torch.empty_like(k), torch.empty_like(v)
     for tile in tiles(n, heads, length, call.whole):
-        keys = call.encoder(of_keys=True, mask=tile.of_mask(key_mask))
+        keys = call.encoder(tile.of(k), of_keys=True, mask=tile.of_mask(key_mask))
         final = Sums.of_tile((d_kv, d_z, shift), tile)
-        k_tile, v_tile, dk_tile, dv_tile = (tile.of(x) for x in (k, v, dk, dv))
+        v_tile, dk_tile, dv_tile = (Rows(tile.of(x)) for x in (v, dk, dv))
+        z, across = final.z[:, None], final.kv.mT
         for block in _chunks(length, call, final, "accumulate backward"):
-            a, back = keys.differentiated(k_tile, block, d_parameters)
+            a, back = keys.differentiated(block, d_parameters)
             kappa = a if final.shift is None else a.sub_(final.shift[:, None]).exp2_()
-            values = keys.rows(v_tile, block)[0]
-            da = torch.baddbmm(final.z[:, None], values, final.kv.mT)[None]
+            da = torch.baddbmm(z, keys.rows(v_tile, block)[0], across)[None]
             if final.shift is None:
                 keys.clear(da, block)
             else:
                 da.mul_(kappa)
             back(da, dk_tile)
-            write_into(dv_tile, block, torch.bmm(kappa[0], final.kv)[None])
+            dv_tile.write(block, torch.bmm(kappa[0], final.kv)[None])
     return dk, dv
 
 
@@ -122,27 +118,30 @@ def attend(call: Call, q: Tensor, state: Triple) -> tuple[Tensor, Tensor]:
     groups = q_heads // max(heads, 1)
     out = q.new_empty(n, length, q_heads, m, dtype=call.dtype)
     norm = q.new_empty(n, length if call.settings.keep else 0, q_heads, 1, dtype=call.dtype)
+    lift = call.lift(seen=False)
     for tile in tiles(n, heads, length, call.whole):
-        q_tile, out_tile, norm_tile = (tile.of(x, groups) for x in (q, out, norm))
-        queries = call.encoder(groups=groups)
-        sums = Sums.of_tile(state, tile)
-        level = sums.level() if queries.has_powers(q) else None
-        room = None
+        out_tile, norm_tile = (Rows(tile.of(x, groups), groups) for x in (out, norm))
+        queries = call.encoder(tile.of(q, groups), groups=groups)
+        sums, offset, room = Sums.of_tile(state, tile), None, None
+        level = sums.level() if queries.has_powers else None
+        at, top = (sums, None) if level is None else level
+        # a row times the transpose takes MKL half the time of a product with a column
+        row = at.z[:, None]
         for block in _chunks(length, call, sums, "attend"):
-            room = _room(room, sums, block, groups)
-            if level is not None:
-                p, (at, offset) = room, level
-                offset = offset + queries.query_powers(q_tile, block, p)
+            if room is None or room.size != groups * block.c:
+                room = _Room(sums, groups * block.c, values=True)
+            if top is not None:
+                offset = top + queries.query_powers(block, room.features)
             else:
-                p, at, offset = queries(q_tile, block, sums.shift, room), sums, None
+                b = queries(block, sums.shift, room.features)
                 if sums.shift is not None:
-                    p, offset = query_factors(p)
-            # a row times the transpose takes MKL half the time of a product with a column
-            denominator = torch.matmul(at.z[:, None], p.mT).mT
-            factor = factor_of(denominator, *call.lift(seen=False))
-            scale_into(out_tile, block, torch.bmm(p[0], at.kv)[None], factor, groups)
+                    _, offset = query_factors(b)
+            torch.bmm(row, room.across, out=room.denominators)
+            factor = factor_of(room.column, *lift)
+            torch.bmm(room.features[0], at.kv, out=room.values[0])
+            out_tile.write_product(block, room.values, factor)
             if call.settings.keep:
-                write_into(norm_tile, block, norm_of(denominator, factor, offset), groups)
+                norm_tile.write(block, norm_of(room.column, factor, offset))
     return out, norm
 
 
@@ -161,18 +160,19 @@ def attend_backward(
     groups = q_heads // max(kv.shape[1], 1)
     dq, d_kv, d_z = torch.empty_like(q), kv.new_zeros(kv.shape), z.new_zeros(z.shape)
     for tile in tiles(n, kv.shape[1], length, call.whole):
-        queries = call.encoder(groups=groups)
+        queries = call.encoder(tile.of(q, groups), groups=groups)
         sums = Sums.of_tile(state, tile)
         gradient = Sums.of_tile((d_kv, d_z, None), tile)
-        q_tile, norm_tile, dq_tile = (tile.of(x, groups) for x in (q, norm, dq))
-        o_tile, do_tile = tile.of(out, groups), tile.of(d_out, groups)
+        norm_tile, dq_tile, o_tile, do_tile = (
+            Rows(tile.of(x, groups), groups) for x in (norm, dq, out, d_out)
+        )
+        z, across = sums.z[:, None], sums.kv.mT
         for block in _chunks(length, call, sums, "attend backward"):
-            b, back = queries.differentiated(q_tile, block, d_parameters, sums.shift)
-            do = group(block.of(do_tile).to(call.dtype), block, groups)
-            factor = group(block.of(norm_tile), block, groups)
-            delta = row_dots(o_tile, do_tile, block, groups)
-            db = torch.bmm(do[0], sums.kv.mT)[None]
-            db.addcmul_(delta, sums.z[:, None], value=-1)
+            b, back = queries.differentiated(block, d_parameters, sums.shift)
+            do, factor = do_tile[block].to(call.dtype), norm_tile[block]
+            delta = o_tile.dot(do_tile, block)
+            db = torch.bmm(do[0], across)[None]
+            db.addcmul_(delta, z, value=-1)
             if sums.shift is None:
                 p = b * factor
                 db.mul_(factor)
@@ -184,8 +184,3 @@ def attend_backward(
             back(db, dq_tile)
         gradient.write((d_kv, d_z, None), tile)
     return dq, d_kv, d_z
-
-
-def row_dots(x: Tensor, y: Tensor, block: Block, groups: int) -> Tensor:
-    """x.y over the last dimension for a block of rows, grouped as (T, G, R*C, 1)."""
-    return group((block.of(x) * block.of(y)).sum(-1, keepdim=True), block, groups)

@@ -135,9 +135,3 @@ class Sums:
             after.append(self.z)
             self.z = self.z + total
         return torch.stack(after[::-1])
-
-    def absorb(self, kappa: Tensor, v: Tensor) -> None:
-        """Add all keys and values of a block."""
-        for i in range(len(kappa)):
-            self.add(kappa[i].mT, v[i])
-        self.z_before(kappa)
