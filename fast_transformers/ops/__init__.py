@@ -26,7 +26,7 @@ from .api import causal_linear_attention, linear_attention, linear_attention_ste
 from .choose import FORMS, explain, why_not
 from .elementwise import register_elementwise
 from .features import Composition, Features
-from .kinds import Formula
+from .formula import Formula
 from .state import Attended, LinearState
 
 __all__ = [

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from .encode import Encoder
 from .features import Features
-from .kinds import KINDS, Formula
+from .formula import Formula
+from .kinds import KINDS
 
 
 class Settings(NamedTuple):

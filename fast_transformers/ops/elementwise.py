@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .kinds import KINDS, Formula, Kind, Projected
+from .formula import Formula, Kind
+from .kinds import KINDS
+from .projected import Projected
 
 Function = Callable[[Tensor], Tensor]
 

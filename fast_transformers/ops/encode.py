@@ -10,8 +10,10 @@ from torch import Tensor
 
 from .checks import check_widths
 from .features import Features
-from .kinds import KINDS, LOG2E, Hyperbolic, Kind
+from .formula import LOG2E, Kind
+from .kinds import KINDS
 from .layout import Block
+from .projected import Hyperbolic
 from .rows import Rows, ungroup
 
 PullBack = Callable[[Tensor, Rows], None]  # gradient of the features, gradient of x to fill

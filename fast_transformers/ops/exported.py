@@ -23,7 +23,7 @@ from torch import Tensor
 from .checks import check_state_width, check_widths
 from .choose import exporting
 from .features import Features, sum_dtype
-from .kinds import LOG2E
+from .formula import LOG2E
 from .scaling import lowest
 from .state import LinearState
 from .sums import Triple, empty_sums

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch._C import _functorch  # pyright: ignore[reportAttributeAccessIssue]
 from torch.autograd import forward_ad
 
-from .kinds import Formula
+from .formula import Formula
 
 
 def _identity(x: Tensor) -> Tensor:

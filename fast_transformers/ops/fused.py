@@ -15,7 +15,8 @@ from .autograd import USE_REFERENCE, BackwardPass, folded, run
 from .call import Settings
 from .checks import check_state_width, check_widths
 from .features import Features
-from .kinds import KINDS, Formula
+from .formula import Formula
+from .kinds import KINDS
 from .operators import Results, operator, present
 from .state import LinearState
 from .stream import encode, given, settings_of, state_of, sums_of

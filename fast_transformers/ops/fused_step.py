@@ -11,7 +11,8 @@ from torch import Tensor
 from .checks import check_state_width
 from .choose import INTERPRETED, why_not
 from .features import Features
-from .kinds import KINDS, Formula, Kind
+from .formula import Formula, Kind
+from .kinds import KINDS
 from .state import LinearState
 
 DEVICES = ("cuda",)

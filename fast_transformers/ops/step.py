@@ -14,7 +14,8 @@ from torch import Tensor
 from .checks import check_state_width, check_widths
 from .choose import exporting
 from .features import Features, transformed, transforming
-from .kinds import KINDS, LOG2E, Kind
+from .formula import LOG2E, Kind
+from .kinds import KINDS
 from .scaling import SLACK, lowest
 from .state import LinearState
 

@@ -12,7 +12,7 @@ from torch.autograd import Function
 from .autograd import USE_REFERENCE, Accumulate, Attend, Causal, run
 from .call import Settings
 from .features import Features, transformed, transforming
-from .kinds import Formula
+from .formula import Formula
 from .state import LinearState
 
 

@@ -10,7 +10,7 @@ from .layout import Tile
 from .scaling import lowest, reference
 
 Triple = tuple[Tensor, Tensor, Tensor | None]  # kv (N, H, F, M), z and shift (N, H, F)
-SPREAD = 80.0  # powers of 2 between features, twice what ``kinds.Hyperbolic`` takes for in range
+SPREAD = 80.0  # powers of 2 between features, twice what ``projected.Hyperbolic`` takes for in range
 
 
 def empty_sums(v: Tensor, features: int, exponential: bool, dtype: torch.dtype) -> Triple:

@@ -22,7 +22,8 @@ from fast_transformers.feature_maps import (
 )
 from fast_transformers.ops import Formula
 from fast_transformers.ops.call import Settings
-from fast_transformers.ops.kinds import KINDS, LOG2E
+from fast_transformers.ops.formula import LOG2E
+from fast_transformers.ops.kinds import KINDS
 from tests.support import make_qkv
 
 OPERATORS = torch.ops.fast_transformers

@@ -19,7 +19,8 @@ from triton import next_power_of_2
 
 from ..call import Settings
 from ..choose import INTERPRETED
-from ..kinds import KINDS, Formula
+from ..formula import Formula
+from ..kinds import KINDS
 from . import backward as backward_kernels
 from . import forward as forward_kernels
 from . import walks

@@ -13,7 +13,8 @@ from triton import next_power_of_2
 
 from ..call import Settings
 from ..choose import INTERPRETED
-from ..kinds import KINDS, LOG2E, Formula
+from ..formula import LOG2E, Formula
+from ..kinds import KINDS
 from .functions import functions_of
 from .maps import Map
 

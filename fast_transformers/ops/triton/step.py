@@ -16,7 +16,8 @@ import triton.language as tl
 from torch import Tensor
 from triton import next_power_of_2
 
-from ..kinds import KINDS, LOG2E, Formula
+from ..formula import LOG2E, Formula
+from ..kinds import KINDS
 from .functions import functions_of
 
 Sums = tuple[Tensor, Tensor, Tensor | None]
