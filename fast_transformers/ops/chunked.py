@@ -200,9 +200,11 @@ class _Room:
         pieces = sums.kv.new_empty(sum(sizes)).split(sizes)
         views = (x.view(shape) for x, shape in zip(pieces, shapes, strict=True))
         self.p, self.values, self.weights, self.kappa, self.v = views
-        self.across = self.kappa.mT
+        across = self.kappa.mT
         self.triangles = triangles(self.weights)
-        self.chunks = list(zip(self.p, self.across, self.v, self.values, strict=True))
+        self.chunks = list(zip(self.p, across, self.v, self.values, strict=True))
+        flat = [x.flatten(0, 1) for x in (self.p, across, self.weights, self.v, self.values)]
+        self.all_p, self.all_across, self.pairs, self.all_v, self.all_values = flat
 
 
 def _forward_block(
@@ -231,13 +233,13 @@ def _forward_block(
         if sums.shift is not None:
             p, offset = query_factors(p)
     keys.gather(given, block, v)
-    torch.matmul(p, room.across, out=weights)
+    torch.bmm(room.all_p, room.all_across, out=room.pairs)
     room.triangles.tril_()
-    torch.matmul(weights, v, out=values)
+    torch.bmm(room.pairs, room.all_v, out=room.all_values)
     for p_i, across, v_i, values_i in room.chunks:
         values_i.baddbmm_(p_i, sums.kv)
         sums.add(across, v_i)
-    denominator = p.mul_(sums.z_before(kappa)[:, :, None]).sum(-1, keepdim=True)
+    denominator = p.mul_(sums.z_before(kappa)).sum(-1, keepdim=True)
     denominator += weights.sum(-1, keepdim=True)
     if not call.settings.normalised:
         out.write(block, values)

@@ -145,7 +145,7 @@ class _Sweep:
         for kappa_i, across, v_i, do_i, pairs_i, db_i in chunks:
             torch.bmm(do_i, kv, out=db_i).baddbmm_(pairs_i, kappa_i)
             past.add(across, v_i)
-        db.addcmul_(delta, z[:, :, None], value=-1)
+        db.addcmul_(delta, z, value=-1)
         queries_back(db if past.shift is None else db.mul_(p), dq)
         return _Seen(block, p, kappa, v, do, delta, pairs, past.shift, keys_back)
 

@@ -56,6 +56,7 @@ class Encoder:
         self._of_keys, self._kind = of_keys, None
         if features.formula is not None:
             self._kind = KINDS[features.formula.kind](features.formula, dtype)
+            self._kind.in_blocks = True
 
     def __call__(
         self, block: Block, shift: Tensor | None = None, out: Tensor | None = None
@@ -76,7 +77,7 @@ class Encoder:
         """Whether the next two may be called; a GPU is not asked for the range of numbers."""
         return isinstance(self._kind, Hyperbolic) and self._x.x.device.type == "cpu"
 
-    def query_powers(self, block: Block, out: Tensor) -> Tensor:
+    def query_powers(self, block: Block, out: Tensor) -> Tensor | float:
         """Write exponential features of a block themselves to ``out``; the logarithm of what they
         are relative to, 0 but for rows that are out of range."""
         kind = self._powered(out)

@@ -41,6 +41,7 @@ class Kind:
     exponential = False
     positive = False  # no feature below 0; above 0, if exponential
     never_zero = True  # above 0, so that no denominator is small; or given by the caller
+    in_blocks = False  # one block is evaluated after the other, and done with before the next
 
     def __init__(self, formula: Formula, dtype: torch.dtype) -> None:
         """Prepare what all chunks share; ``dtype`` is that of the sums."""

@@ -15,22 +15,24 @@ from .processor import onednn_is_faster
 ROWS = 256  # fewest that are worth the call
 
 
-def product(x: Tensor, weights: Tensor, out: Tensor | None = None) -> Tensor:
-    """x (..., E) times weights (E, K), of which the transpose is best contiguous.
+def laid_out(weights: Tensor) -> Tensor:
+    """Weights (E, K) in the order in memory that :func:`product` is fastest with."""
+    return weights.mT.contiguous().mT if onednn_is_faster() else weights.contiguous()
 
-    The result is contiguous: what comes next is slow where every row is a page from the next. It
-    may be in ``out`` (..., K), if that is given; oneDNN takes memory of its own.
+
+def product(rows: Tensor, weights: Tensor, out: Tensor | None = None) -> Tensor:
+    """Rows (R, E) times weights (E, K); the result is contiguous.
+
+    It may be in ``out`` (R, K), if that is given; oneDNN takes memory of its own.
     """
-    rows, across = x.reshape(-1, x.shape[-1]), weights.mT
+    across = weights.mT
     if (
         len(rows) >= ROWS
-        and x.dtype == torch.float32
-        and x.device.type == "cpu"
+        and rows.dtype == torch.float32
+        and rows.device.type == "cpu"
         and across.is_contiguous()
         and not torch.compiler.is_compiling()
         and onednn_is_faster()
     ):
-        found = torch.ops.mkldnn._linear_pointwise(rows, across, None, "none", [], "")
-    else:
-        found = torch.mm(rows, weights, out=None if out is None else out.view(-1, out.shape[-1]))
-    return found.view(*x.shape[:-1], weights.shape[1])
+        return torch.ops.mkldnn._linear_pointwise(rows, across, None, "none", [], "")
+    return torch.mm(rows, weights, out=out)

@@ -8,7 +8,16 @@ import torch
 from torch import Tensor
 
 from .formula import LOG2E, Formula, Kind
-from .products import product
+from .products import laid_out, product
+
+
+class _Room:
+    """Memory for rows (..., E) and their projections (..., K), and views of it as matrices."""
+
+    def __init__(self, x: Tensor, directions: int) -> None:
+        self.rows = x.new_empty(x.shape)
+        self.u = x.new_empty(*x.shape[:-1], directions)
+        self.matrix, self.product = self.rows.flatten(0, -2), self.u.flatten(0, -2)
 
 
 class Projected(Kind):
@@ -24,6 +33,8 @@ class Projected(Kind):
         self.omega = formula.projection.to(dtype)
         self.scale = self.temp**0.5 * self.unit
         self._scaled: Tensor | None = None
+        self._back: Tensor | None = None
+        self._room: _Room | None = None
 
     @classmethod
     def width(cls, formula: Formula, dims: int) -> int:
@@ -31,17 +42,35 @@ class Projected(Kind):
         return cls.per_direction * formula.projection.shape[1]
 
     def project(self, x: Tensor, out: Tensor | None = None) -> Tensor:
-        """u, perhaps in ``out``; whatever is smaller is scaled, the one token of a step or the
-        projection."""
-        scaled = self._scaled
-        if scaled is None:
+        """u, perhaps in ``out``; of one block after another, in memory that the next overwrites.
+
+        Whatever is smaller is scaled, the one token of a step or the projection.
+        """
+        weights = self._scaled
+        if weights is None:
             if x.numel() < self.omega.numel():
-                return product(x * self.scale, self.omega, out)
-            scaled = self._scaled = (self.omega.mT * self.scale).contiguous().mT
-        return product(x, scaled, out)
+                x, weights = x * self.scale, self.omega
+            else:
+                weights = self._scaled = laid_out(self.omega * self.scale)
+        if self.in_blocks and out is None:
+            return self._project_block(x, weights)
+        out = None if out is None else out.flatten(0, -2)
+        u = product(x.reshape(-1, x.shape[-1]), weights, out)
+        return u.view(*x.shape[:-1], weights.shape[1])
+
+    def _project_block(self, x: Tensor, weights: Tensor) -> Tensor:
+        room = self._room
+        if room is None or room.rows.shape != x.shape:
+            room = self._room = _Room(x, weights.shape[1])
+        room.rows.copy_(x)
+        found = product(room.matrix, weights, room.product)
+        return room.u if found is room.product else found.view(room.u.shape)
 
     def project_back(self, gradient: Tensor) -> Tensor:
-        return product(gradient, self.omega.mT).mul_(self.temp**0.5)
+        if self._back is None:
+            self._back = laid_out(self.omega.mT * self.temp**0.5)
+        dx = product(gradient.reshape(-1, gradient.shape[-1]), self._back)
+        return dx.view(*gradient.shape[:-1], self._back.shape[1])
 
     def value(self, x: Tensor, out: Tensor | None = None) -> Tensor:
         return self.function(self.project(x), out)
@@ -115,18 +144,19 @@ class Hyperbolic(Projected):
     def __init__(self, formula: Formula, dtype: torch.dtype) -> None:
         super().__init__(formula, dtype)
         self.constant = math.log2(2 * self.omega.shape[1]) / 2
+        self._halves: tuple[Tensor | None, ...] = (None, None, None)
 
     def queries(self, x: Tensor, shift: Tensor | None = None, out: Tensor | None = None) -> Tensor:
         if shift is None:
             return self.value(x, out)
         return _signs(self.project(x), *shift.chunk(2, -1), out=out)
 
-    def query_powers(self, x: Tensor, out: Tensor) -> Tensor:
+    def query_powers(self, x: Tensor, out: Tensor) -> Tensor | float:
         """2 to the logarithms of queries, to ``out``, less an offset (..., 1) of rows that are out
         of range, which is returned. No row depends on another."""
         u = self.project(x)
         if self._powers(u, out):
-            return u.new_zeros(())
+            return 0.0
         offset = u.abs().amax(-1, keepdim=True)
         offset.masked_fill_(offset <= self.most, 0.0)
         first, second = out.chunk(2, -1)
@@ -144,11 +174,14 @@ class Hyperbolic(Projected):
 
     def _powers(self, u: Tensor, out: Tensor) -> bool:
         """[2^u, 2^-u], if they are in range; half of the time of logarithms, and of 2 to them."""
-        found = all(abs(float(x)) <= self.most for x in u.aminmax())
-        if found:
-            first, second = out.chunk(2, -1)
-            torch.reciprocal(torch.exp2(u, out=first), out=second)
-        return found
+        low, high = u.aminmax()
+        if not (float(low) >= -self.most and float(high) <= self.most):
+            return False
+        if self._halves[0] is not out:
+            self._halves = out, *out.chunk(2, -1)
+        _, first, second = self._halves
+        torch.reciprocal(torch.exp2(u, out=first), out=second)
+        return True
 
     def keys(self, x: Tensor, out: Tensor | None = None) -> Tensor:
         offset = self._offset(x)

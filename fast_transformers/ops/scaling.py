@@ -94,7 +94,7 @@ def factor_of(denominator: Tensor, eps: float, positive: bool) -> Tensor:
     return denominator.reciprocal()
 
 
-def norm_of(denominator: Tensor, factor: Tensor, offset: Tensor | None) -> Tensor:
+def norm_of(denominator: Tensor, factor: Tensor, offset: Tensor | float | None) -> Tensor:
     """What the backward pass needs of a denominator, which may be overwritten.
 
     For exponential features, log2 of the true denominator (infinity where no key was seen).

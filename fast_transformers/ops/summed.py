@@ -39,9 +39,11 @@ class _Room:
         g, f, m = sums.kv.shape
         self.size = rows
         self.features = sums.kv.new_empty(1, g, rows, f)
-        self.across = self.features[0].mT
+        self.chunk = self.features[0]
+        self.across = self.chunk.mT
         if values:
-            self.values = sums.kv.new_empty(1, g, rows, m)
+            self.chunk_values = sums.kv.new_empty(g, rows, m)
+            self.values = self.chunk_values[None]
             self.denominators = sums.kv.new_empty(g, 1, rows)
             self.column = self.denominators.mT[None]
 
@@ -70,8 +72,7 @@ def accumulate(
             if not (sums.plain and keys.key_powers(block, room.features)):
                 sums.settle()  # more of them will be out of range
                 sums.enter(keys(block, out=room.features))
-            sums.add(room.across, keys.rows(values, block)[0])
-            sums.z_before(room.features)
+            sums.absorb(room.chunk, room.across, keys.rows(values, block)[0])
         sums.settle()
         sums.write(final, tile)
     return final
@@ -138,7 +139,7 @@ def attend(call: Call, q: Tensor, state: Triple) -> tuple[Tensor, Tensor]:
                     _, offset = query_factors(b)
             torch.bmm(row, room.across, out=room.denominators)
             factor = factor_of(room.column, *lift)
-            torch.bmm(room.features[0], at.kv, out=room.values[0])
+            torch.bmm(room.chunk, at.kv, out=room.chunk_values)
             out_tile.write_product(block, room.values, factor)
             if call.settings.keep:
                 norm_tile.write(block, norm_of(room.column, factor, offset))

@@ -10,7 +10,9 @@ from .layout import Tile
 from .scaling import lowest, reference
 
 Triple = tuple[Tensor, Tensor, Tensor | None]  # kv (N, H, F, M), z and shift (N, H, F)
-SPREAD = 80.0  # powers of 2 between features, twice what ``projected.Hyperbolic`` takes for in range
+SPREAD = (
+    80.0  # powers of 2 between features, twice what ``projected.Hyperbolic`` takes for in range
+)
 
 
 def empty_sums(v: Tensor, features: int, exponential: bool, dtype: torch.dtype) -> Triple:
@@ -41,6 +43,7 @@ class Sums:
 
     def __init__(self, kv: Tensor, z: Tensor, shift: Tensor | None, plain: bool = False) -> None:
         self.kv, self.z, self.shift, self.plain = kv, z, shift, plain
+        self._running: tuple[Tensor, ...] | None = None
 
     @classmethod
     def of_tile(cls, state: Triple, tile: Tile) -> Sums:
@@ -56,7 +59,7 @@ class Sums:
                 whole[tile.rows, tile.heads].flatten(0, 1).copy_(mine)
 
     def snapshot(self) -> Sums:
-        return Sums(self.kv.clone(), self.z, self.shift, self.plain)
+        return Sums(self.kv.clone(), self.z.clone(), self.shift, self.plain)
 
     def level(self) -> tuple[Sums, Tensor] | None:
         """The same relative to one power of 2 for all features of a head, and its logarithm
@@ -113,15 +116,24 @@ class Sums:
         """Add keys (G, F, C) and values of one chunk to S; z is for :meth:`z_before` to follow."""
         self.kv.baddbmm_(kappa, v)
 
+    def absorb(self, kappa: Tensor, across: Tensor, v: Tensor) -> None:
+        """Add keys (G, C, F), and as (G, F, C), and their values (G, C, M)."""
+        self.add(across, v)
+        self.z = self.z + kappa.sum(1)
+
     def z_before(self, kappa: Tensor) -> Tensor:
-        """z before each chunk of a block, (T, G, F); afterwards z includes the block."""
-        totals = kappa.sum(2)
-        if len(totals) == 1:
-            before, self.z = self.z[None], self.z + totals[0]
-            return before
-        after = totals.cumsum_(0).add_(self.z)
-        before = torch.cat([self.z[None], after[:-1]])
-        self.z = after[-1]
+        """z before each chunk of a block, (T, G, 1, F), in memory that the next block overwrites;
+        afterwards z includes the block."""
+        t, g, _, f = kappa.shape
+        if self._running is None or len(self._running[0]) != t + 1:
+            all_of_it = kappa.new_empty(t + 1, g, 1, f)
+            ends = all_of_it[0, :, 0], all_of_it[-1, :, 0]
+            self._running = all_of_it, all_of_it[1:], all_of_it[:-1], *ends
+        all_of_it, totals, before, first, last = self._running
+        first.copy_(self.z)
+        torch.sum(kappa, 2, keepdim=True, out=totals)
+        all_of_it.cumsum_(0)
+        self.z = last
         return before
 
     def z_after(self, terms: Tensor) -> Tensor:
