@@ -61,16 +61,48 @@ def backward(
     return (dq, dk, dv), (d_kv, d_z)
 
 
+class _Gradients:
+    """Memory for what blocks of one size need on one way alone."""
+
+    def __init__(self, groups: int, block: Block, kv: Tensor) -> None:
+        _, t, c = block
+        g, features, m = kv.shape
+        self.of_queries = kv.new_empty(t, g, groups * c, features)
+        self.of_keys = kv.new_empty(t, g, c, features) if groups > 1 else self.of_queries
+        self.of_values = kv.new_empty(t, g, c, m)
+        self.weights = kv.new_empty(t, g, groups * c, c)
+
+
+class _Room:
+    """Memory for what a block's way forth leaves for its way back, and views of its chunks."""
+
+    def __init__(self, groups: int, block: Block, kv: Tensor, gradients: _Gradients) -> None:
+        _, t, c = block
+        g, features, m = kv.shape
+        new = kv.new_empty
+        self.p = p = new(t, g, groups * c, features)  # normalised, or else do is
+        self.kappa = kappa = new(t, g, c, features)
+        self.v, self.do = v, do = new(t, g, c, m), new(t, g, groups * c, m)
+        self.pairs = pairs = new(t, g, groups * c, c)  # G_tj
+        self.gradients = gradients
+        db, da, dv = gradients.of_queries, gradients.of_keys, gradients.of_values
+        weights = gradients.weights
+        self.triangles = triangles(pairs)
+        self.triangles_of_weights = triangles(weights)
+        self.chunks_forth = list(zip(kappa, kappa.mT, v, do, pairs, db, strict=True))
+        back = zip(p, p.mT, kappa, v, do, pairs.mT, weights.mT, da, dv, strict=True)
+        self.chunks_back = [*back][::-1]
+        flat = [x.flatten(0, 1) for x in (p, kappa.mT, weights, do, v.mT, pairs)]
+        self.all_p, self.across_keys, self.all_weights, self.all_do, self.across_values = flat[:5]
+        self.all_pairs = flat[5]
+
+
 class _Seen(NamedTuple):
     """What the way forth through a block leaves for the way back."""
 
     block: Block
-    p: Tensor  # (T, G, R*C, F); normalised, or else do and delta are
-    kappa: Tensor  # (T, G, C, F)
-    v: Tensor
-    do: Tensor
-    delta: Tensor  # (T, G, R*C, 1)
-    pairs: Tensor  # G_tj, (T, G, R*C, C)
+    room: _Room
+    delta: Tensor  # (T, G, R*C, 1); times the factors of the queries, if they are normalised
     shift: Tensor | None
     pull_back: PullBack  # of the keys
 
@@ -93,6 +125,8 @@ class _Sweep:
         self._kept, self._d_parameters = kept, d_parameters
         self._queries, self._keys = inputs.encoders(call)
         self._cuts = kept.cuts[0, 0].tolist() if call.features.exponential else None
+        self._gradients: dict[tuple[int, int], _Gradients] = {}
+        self._free: dict[tuple[int, int], list[_Room]] = {}  # rooms by their T and C
 
     def run(self, future: Sums, gradients: Gradients) -> None:
         """From the last interval to the first, with the sums of the future so far."""
@@ -107,7 +141,7 @@ class _Sweep:
                 seen.append(self._forth(block, past, dq))
             for one in paced(popped(seen), kv, "causal backward, back", *work):
                 self._back(one, future, dk, dv)
-                del one  # its memory serves the next block
+                self._free[one.block[1:]].append(one.room)
             if i == 0 and sums.shift is not None:
                 future.lower(sums.shift)
 
@@ -123,53 +157,62 @@ class _Sweep:
                 found.append(block)
         return found
 
+    def _room(self, block: Block, kv: Tensor) -> _Room:
+        free = self._free.setdefault(block[1:], [])
+        if free:
+            return free.pop()
+        groups = self._inputs.groups
+        if block[1:] not in self._gradients:
+            self._gradients[block[1:]] = _Gradients(groups, block, kv)
+        return _Room(groups, block, kv, self._gradients[block[1:]])
+
     def _forth(self, block: Block, past: Sums, dq: Rows) -> _Seen:
         """Gradients of the queries of a block; its keys are added to the sums."""
-        a, keys_back = self._keys.differentiated(block, self._d_parameters)
-        v, kappa = self._keys.rows(self._v, block), past.enter(a)
-        assert kappa is not None
-        b, queries_back = self._queries.differentiated(block, self._d_parameters, past.shift)
-        do = self._d_out[block].to(self._call.dtype)
+        room = self._room(block, past.kv)
+        p, kappa, do, db = room.p, room.kappa, room.do, room.gradients.of_queries
+        _, keys_back = self._keys.differentiated(block, self._d_parameters, out=kappa)
+        past.enter(kappa)
+        self._keys.gather(self._v, block, room.v)
+        _, queries_back = self._queries.differentiated(block, self._d_parameters, past.shift, p)
+        self._d_out.copy_to(do, block)
         norm, delta = self._norm_and_delta(block, do)
         if past.shift is None:
-            p, do, delta = b, do * norm, delta * norm  # both in the place of p, which is wider
+            do.mul_(norm)  # in the place of p, which is wider
+            delta = delta * norm
         else:
-            p = b.sub_(norm).exp2_()
-        z, db = past.z_before(kappa), b.new_empty(b.shape)
-        pairs = v.new_empty(*p.shape[:-1], v.shape[-2])
+            p.sub_(norm).exp2_()
+        z = past.z_before(kappa)
+        torch.bmm(room.all_do, room.across_values, out=room.all_pairs)
+        room.pairs.sub_(delta)
+        room.triangles.tril_()
         kv = past.kv.mT
-        for pairs_i, do_i, v_i in zip(pairs, do, v.mT, strict=True):
-            torch.bmm(do_i, v_i, out=pairs_i)
-        triangles(pairs.sub_(delta)).tril_()
-        chunks = zip(kappa, kappa.mT, v, do, pairs, db, strict=True)
-        for kappa_i, across, v_i, do_i, pairs_i, db_i in chunks:
+        for kappa_i, across, v_i, do_i, pairs_i, db_i in room.chunks_forth:
             torch.bmm(do_i, kv, out=db_i).baddbmm_(pairs_i, kappa_i)
             past.add(across, v_i)
         db.addcmul_(delta, z, value=-1)
         queries_back(db if past.shift is None else db.mul_(p), dq)
-        return _Seen(block, p, kappa, v, do, delta, pairs, past.shift, keys_back)
+        return _Seen(block, room, delta, past.shift, keys_back)
 
     def _back(self, seen: _Seen, future: Sums, dk: Rows, dv_out: Rows) -> None:
         """Gradients of the keys and values of a block; its queries are added to the sums."""
-        block, p, kappa, v, do, delta, pairs, shift, keys_back = seen
+        block, room, delta, shift, keys_back = seen
         if shift is not None:
             future.lower(shift)
-        r = future.z_after(p * delta)
-        da, dv = kappa.new_empty(kappa.shape), v.new_empty(v.shape)
-        weights, kv = torch.empty_like(pairs), future.kv.mT
-        for weights_i, p_i, kappa_i in zip(weights, p, kappa.mT, strict=True):
-            torch.bmm(p_i, kappa_i, out=weights_i)
-        triangles(weights).tril_()
-        chunks = zip(p, p.mT, kappa, v, do, pairs.mT, weights.mT, da, dv, strict=True)
-        for p_i, across, kappa_i, v_i, do_i, pairs_i, weights_i, da_i, dv_i in reversed([*chunks]):
+        totals = torch.bmm(delta.flatten(0, 1).mT, room.all_p)
+        r = future.z_after(totals.view(len(delta), *future.z.shape))
+        da, dv = room.gradients.of_keys, room.gradients.of_values
+        torch.bmm(room.all_p, room.across_keys, out=room.all_weights)
+        room.triangles_of_weights.tril_()
+        kv = future.kv.mT
+        for p_i, across, kappa_i, v_i, do_i, pairs_i, weights_i, da_i, dv_i in room.chunks_back:
             torch.bmm(v_i, kv, out=da_i).baddbmm_(pairs_i, p_i)
             torch.bmm(kappa_i, future.kv, out=dv_i).baddbmm_(weights_i, do_i)
             future.add(across, do_i)
-        da.sub_(r[:, :, None])
+        da.sub_(r)
         if shift is None:
             self._keys.clear(da, block)
         else:
-            da.mul_(kappa)
+            da.mul_(room.kappa)
         keys_back(da, dk)
         dv_out.write(block, dv)
 

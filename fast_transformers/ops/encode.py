@@ -101,11 +101,12 @@ class Encoder:
         block: Block,
         d_parameters: list[Tensor | None],
         shift: Tensor | None = None,
+        out: Tensor | None = None,
     ) -> tuple[Tensor, PullBack]:
         """The same, and the function that pulls a gradient of phi, or of log(phi), back."""
         if self._kind is not None:
             rows = self.rows(self._x, block)
-            phi = self._evaluate(self._kind, rows, shift)
+            phi = self._evaluate(self._kind, rows, shift, out)
             kind_back = self._kind.keys_back if self._of_keys else self._kind.queries_back
 
             def back(gradient: Tensor, dx: Rows) -> None:
@@ -131,7 +132,7 @@ class Encoder:
                     old = d_parameters[i]
                     d_parameters[i] = extra if old is None else old + extra
 
-        return self._finish(value.detach(), block, shift), pull_back
+        return self._finish(value.detach(), block, shift, out), pull_back
 
     def rows(self, x: Rows, block: Block) -> Tensor:
         """A block of rows that are masked as these are, with zeros in the masked ones."""

@@ -35,17 +35,16 @@ def _chunks(length: int, call: Call, sums: Sums, what: str) -> Iterator[Block]:
 class _Room:
     """Memory that blocks of one size use one after the other, and views of it."""
 
-    def __init__(self, sums: Sums, rows: int, *, values: bool = False) -> None:
+    def __init__(self, sums: Sums, rows: int) -> None:
         g, f, m = sums.kv.shape
+        new = sums.kv.new_empty
         self.size = rows
-        self.features = sums.kv.new_empty(1, g, rows, f)
-        self.chunk = self.features[0]
-        self.across = self.chunk.mT
-        if values:
-            self.chunk_values = sums.kv.new_empty(g, rows, m)
-            self.values = self.chunk_values[None]
-            self.denominators = sums.kv.new_empty(g, 1, rows)
-            self.column = self.denominators.mT[None]
+        self.chunk, self.chunk_gradient = new(g, rows, f), new(g, rows, f)  # of features
+        self.chunk_values, self.denominators = new(g, rows, m), new(g, 1, rows)
+        self.features, self.gradient, self.values = (
+            x[None] for x in (self.chunk, self.chunk_gradient, self.chunk_values)
+        )
+        self.across, self.column = self.chunk.mT, self.denominators.mT[None]
 
 
 def allocate_state(call: Call, k: Tensor, v: Tensor) -> Triple:
@@ -95,17 +94,22 @@ def accumulate_backward(
         keys = call.encoder(tile.of(k), of_keys=True, mask=tile.of_mask(key_mask))
         final = Sums.of_tile((d_kv, d_z, shift), tile)
         v_tile, dk_tile, dv_tile = (Rows(tile.of(x)) for x in (v, dk, dv))
-        z, across = final.z[:, None], final.kv.mT
+        z, across, room = final.z[:, None], final.kv.mT, None
         for block in _chunks(length, call, final, "accumulate backward"):
-            a, back = keys.differentiated(block, d_parameters)
-            kappa = a if final.shift is None else a.sub_(final.shift[:, None]).exp2_()
-            da = torch.baddbmm(z, keys.rows(v_tile, block)[0], across)[None]
+            if room is None or room.size != block.c:
+                room = _Room(final, block.c)
+            kappa, back = keys.differentiated(block, d_parameters, out=room.features)
+            if final.shift is not None:
+                kappa.sub_(final.shift[:, None]).exp2_()
+            values = keys.rows(v_tile, block)[0]
+            torch.baddbmm(z, values, across, out=room.chunk_gradient)
             if final.shift is None:
-                keys.clear(da, block)
+                keys.clear(room.gradient, block)
             else:
-                da.mul_(kappa)
-            back(da, dk_tile)
-            dv_tile.write(block, torch.bmm(kappa[0], final.kv)[None])
+                room.gradient.mul_(kappa)
+            back(room.gradient, dk_tile)
+            torch.bmm(room.chunk, final.kv, out=room.chunk_values)
+            dv_tile.write(block, room.values)
     return dk, dv
 
 
@@ -130,7 +134,7 @@ def attend(call: Call, q: Tensor, state: Triple) -> tuple[Tensor, Tensor]:
         row = at.z[:, None]
         for block in _chunks(length, call, sums, "attend"):
             if room is None or room.size != groups * block.c:
-                room = _Room(sums, groups * block.c, values=True)
+                room = _Room(sums, groups * block.c)
             if top is not None:
                 offset = top + queries.query_powers(block, room.features)
             else:
@@ -167,21 +171,23 @@ def attend_backward(
         norm_tile, dq_tile, o_tile, do_tile = (
             Rows(tile.of(x, groups), groups) for x in (norm, dq, out, d_out)
         )
-        z, across = sums.z[:, None], sums.kv.mT
+        z, across, room = sums.z[:, None], sums.kv.mT, None
         for block in _chunks(length, call, sums, "attend backward"):
-            b, back = queries.differentiated(block, d_parameters, sums.shift)
+            if room is None or room.size != groups * block.c:
+                room = _Room(sums, groups * block.c)
+            p, back = queries.differentiated(block, d_parameters, sums.shift, room.features)
             do, factor = do_tile[block].to(call.dtype), norm_tile[block]
             delta = o_tile.dot(do_tile, block)
-            db = torch.bmm(do[0], across)[None]
-            db.addcmul_(delta, z, value=-1)
             if sums.shift is None:
-                p = b * factor
-                db.mul_(factor)
+                do, delta = do * factor, delta * factor  # both in the place of p, which is wider
             else:
-                p = b.sub_(factor).exp2_()
-                db.mul_(p)
-            gradient.add(p[0].mT, do[0])
-            gradient.z = gradient.z - (p * delta).sum(2)[0]
-            back(db, dq_tile)
+                p.sub_(factor).exp2_()
+            torch.bmm(do[0], across, out=room.chunk_gradient)
+            room.gradient.addcmul_(delta, z, value=-1)
+            if sums.shift is not None:
+                room.gradient.mul_(p)
+            gradient.add(room.across, do[0])
+            gradient.z = gradient.z - torch.bmm(delta[0].mT, room.chunk)[:, 0]
+            back(room.gradient, dq_tile)
         gradient.write((d_kv, d_z, None), tile)
     return dq, d_kv, d_z

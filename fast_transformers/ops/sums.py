@@ -10,9 +10,7 @@ from .layout import Tile
 from .scaling import lowest, reference
 
 Triple = tuple[Tensor, Tensor, Tensor | None]  # kv (N, H, F, M), z and shift (N, H, F)
-SPREAD = (
-    80.0  # powers of 2 between features, twice what ``projected.Hyperbolic`` takes for in range
-)
+SPREAD = 80.0  # powers of 2 between features, twice what :class:`.projected.Hyperbolic` takes
 
 
 def empty_sums(v: Tensor, features: int, exponential: bool, dtype: torch.dtype) -> Triple:
@@ -136,14 +134,11 @@ class Sums:
         self.z = last
         return before
 
-    def z_after(self, terms: Tensor) -> Tensor:
-        """z after each chunk of a block that is swept in reverse; then z includes the block.
-
-        ``terms`` (T, G, rows, F) are what its queries add.
-        """
-        totals = terms.sum(2)
+    def z_after(self, totals: Tensor) -> Tensor:
+        """z after each chunk of a block that is swept in reverse, (T, G, 1, F); then z includes
+        the block, whose chunks' queries add ``totals`` (T, G, F)."""
         after = []
         for total in reversed(totals):
             after.append(self.z)
             self.z = self.z + total
-        return torch.stack(after[::-1])
+        return torch.stack(after[::-1])[:, :, None]
