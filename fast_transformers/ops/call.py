@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .encode import Encoder
 from .features import Features
-from .formula import Formula
+from .formula import Formula, Kind
 from .kinds import KINDS
 
 
@@ -34,11 +34,12 @@ class Settings(NamedTuple):
 
 
 class Call(NamedTuple):
-    """The settings with the feature map itself, the dtype of the sums and of the output, and
-    the tokens per chunk (0 lets the pass choose)."""
+    """The settings with the feature map itself, its formula if it has one, the dtype of the sums
+    and of the output, and the tokens per chunk (0 lets the pass choose)."""
 
     settings: Settings
     features: Features
+    kind: Kind | None
     dtype: torch.dtype
     chunk: int
 
@@ -52,15 +53,17 @@ class Call(NamedTuple):
         chunk: int,
     ) -> Call:
         """``features`` are the user's functions, None for a map that has a name."""
+        kind = None
         if features is None:
             formula = Formula(settings.kind, projection, settings.numbers)
-            features = Features(
-                exponential=KINDS[formula.kind].exponential, any_heads=True, formula=formula
-            )
-        return cls(settings, features, dtype, settings.chunk or chunk)
+            kind = KINDS[formula.kind](formula, dtype)
+            kind.in_blocks = True
+            features = Features(exponential=kind.exponential, any_heads=True, formula=formula)
+        return cls(settings, features, kind, dtype, settings.chunk or chunk)
 
     def encoder(self, x: Tensor, **options: Any) -> Encoder:
-        return Encoder(self.features, self.dtype, x, again=self.settings.keep, **options)
+        again = self.settings.keep
+        return Encoder(self.features, self.kind, self.dtype, x, again=again, **options)
 
     def lift(self, seen: bool) -> tuple[float, bool]:
         """What is added to denominators, and whether they are known to exceed 0 then.
@@ -68,8 +71,7 @@ class Call(NamedTuple):
         ``seen`` says that every query is known to see a key.
         """
         eps = 0.0 if self.features.exponential else self.settings.eps
-        formula = self.features.formula
-        positive = formula is not None and KINDS[formula.kind].positive
+        positive = self.kind is not None and self.kind.positive
         return eps, positive and (eps > 0 or (seen and self.features.exponential))
 
     @property

@@ -13,7 +13,6 @@ much: then it is worked in halves. The backward pass is in :mod:`.chunked_backwa
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -29,7 +28,8 @@ from .layout import (
     blocks,
     tiles,
 )
-from .rows import Rows
+from .projected import Halves
+from .rows import Rows, carve
 from .scaling import factor_of, norm_of, query_factors
 from .sums import Sums, Triple, empty_sums, start_from
 from .threads import paced, popped
@@ -78,7 +78,7 @@ class Kept(NamedTuple):
     @classmethod
     def allocate(cls, call: Call, inputs: Inputs, features: int) -> Kept:
         n, length, h, m = inputs.v.shape
-        states = _blocks_and_states(call, inputs, features)[2] if call.settings.keep else 0
+        states = len(intervals(call, inputs, features)) if call.settings.keep else 0
         exponential, length = call.features.exponential, length if call.settings.keep else 0
         normalised = length if call.settings.normalised else 0
         new = inputs.q.new_empty
@@ -108,26 +108,17 @@ class Kept(NamedTuple):
         return Sums(self.kv[i].flatten(0, 1), self.z[i].flatten(0, 1), shift)
 
 
-def _blocks_and_states(call: Call, inputs: Inputs, features: int) -> tuple[int, int, int]:
-    """Tokens of a block, blocks, and kept states: so many that these take a fourteenth of the
-    memory of output and gradients, or less. Between them the sums are taken again in the backward
-    pass."""
-    length, _, e = inputs.q.shape[1:]
-    m, chunk = inputs.v.shape[-1], call.settings.chunk
-    block = max(BLOCK // chunk, 1) * chunk if chunk else BLOCK
-    every = -(-7 * features * m // (max(e + m, 1) * block)) * block or block
-    return block, -(-length // block), -(-length // every)
-
-
 def intervals(call: Call, inputs: Inputs, features: int) -> list[slice]:
     """The tokens from one kept state to the next, whose features the backward pass holds.
 
-    It begins with the last, when no gradient is written yet. So the later ones are longer.
+    They are so long that the states take about a tenth of the memory of output and gradients;
+    between them the sums are taken again in the backward pass.
     """
-    size, count, states = _blocks_and_states(call, inputs, features)
-    ends = (max(i, i * i * count // max(states, 1) ** 2) * size for i in range(states + 1))
-    cuts = [min(end, inputs.q.shape[1]) for end in ends]
-    return list(map(slice, cuts, cuts[1:]))
+    length, _, e = inputs.q.shape[1:]
+    m, chunk = inputs.v.shape[-1], call.settings.chunk
+    block = max(BLOCK // chunk, 1) * chunk if chunk else BLOCK
+    size = max(7 * features * m // (max(e + m, 1) * block), 1) * block
+    return [slice(start, min(start + size, length)) for start in range(0, length, size)]
 
 
 def cut(interval: slice, chunk: int, features: int) -> list[Block]:
@@ -184,22 +175,16 @@ def _forward_tile(call: Call, inputs: Inputs, sums: Sums, out: Tensor, kept: Kep
 
 
 class _Room:
-    """Memory that blocks of one size use one after the other, and views of its chunks.
-
-    Many pieces, allocated for every block, would leave megabytes of gaps in the heap; and to make
-    the views takes as long as a product.
-    """
+    """Memory that blocks of one size use one after the other, and views of its chunks."""
 
     def __init__(self, groups: int, block: Block, sums: Sums) -> None:
         self.size = t, c = block[1:]
         g, features, m = sums.kv.shape
         rows = groups * c
-        of_queries = [(t, g, rows, width) for width in (features, m, c)]
-        shapes = *of_queries, (t, g, c, features), (t, g, c, m)
-        sizes = [math.prod(shape) for shape in shapes]
-        pieces = sums.kv.new_empty(sum(sizes)).split(sizes)
-        views = (x.view(shape) for x, shape in zip(pieces, shapes, strict=True))
-        self.p, self.values, self.weights, self.kappa, self.v = views
+        shapes = [(rows, features), (rows, m), (rows, c), (c, features), (c, m)]
+        pieces = carve(sums.kv, [(t, g, *shape) for shape in shapes])
+        self.p, self.values, self.weights, self.kappa, self.v = pieces
+        self.queries, self.keys = Halves.of(self.p), Halves.of(self.kappa)
         across = self.kappa.mT
         self.triangles = triangles(self.weights)
         self.chunks = list(zip(self.p, across, self.v, self.values, strict=True))
@@ -222,8 +207,8 @@ def _forward_block(
     """
     (queries, keys), (given, out, norm) = encoders, rows
     p, kappa, v, weights, values = room.p, room.kappa, room.v, room.weights, room.values
-    if sums.plain and keys.key_powers(block, kappa):
-        offset = queries.query_powers(block, p)
+    if sums.plain and keys.key_powers(block, room.keys):
+        offset = queries.query_powers(block, room.queries)
     else:
         sums.settle()  # more of them will be out of range
         a, offset = keys(block, out=kappa), None

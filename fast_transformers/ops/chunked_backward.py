@@ -24,7 +24,7 @@ from .call import Call
 from .chunked import Inputs, Kept, cut, intervals, triangles
 from .encode import PullBack
 from .layout import Block, tiles
-from .rows import Rows
+from .rows import Rows, carve
 from .sums import Sums
 from .threads import paced, popped
 
@@ -61,40 +61,39 @@ def backward(
     return (dq, dk, dv), (d_kv, d_z)
 
 
-class _Gradients:
-    """Memory for what blocks of one size need on one way alone."""
+class _Passing:
+    """Memory for what a block needs on one way alone: v, do, and gradients of its features."""
 
     def __init__(self, groups: int, block: Block, kv: Tensor) -> None:
-        _, t, c = block
-        g, features, m = kv.shape
-        self.of_queries = kv.new_empty(t, g, groups * c, features)
-        self.of_keys = kv.new_empty(t, g, c, features) if groups > 1 else self.of_queries
-        self.of_values = kv.new_empty(t, g, c, m)
-        self.weights = kv.new_empty(t, g, groups * c, c)
+        (_, t, c), (g, features, m) = block, kv.shape
+        rows = groups * c
+        shapes = [(c, m), (rows, m), (c, m), (rows, c), (rows, features), (c, features)]
+        if groups == 1:
+            del shapes[-1]  # the gradients of keys and of queries are not needed together
+        pieces = carve(kv, [(t, g, *shape) for shape in shapes])
+        self.v, self.do, self.dv, self.weights, self.db, *da = pieces
+        self.da = da[0] if da else self.db
+        self.triangles, self.all_weights = triangles(self.weights), self.weights.flatten(0, 1)
+        self.all_do, self.across_values = self.do.flatten(0, 1), self.v.mT.flatten(0, 1)
+        self.holds: Block | None = None  # whose v and do these are
 
 
 class _Room:
     """Memory for what a block's way forth leaves for its way back, and views of its chunks."""
 
-    def __init__(self, groups: int, block: Block, kv: Tensor, gradients: _Gradients) -> None:
-        _, t, c = block
-        g, features, m = kv.shape
-        new = kv.new_empty
-        self.p = p = new(t, g, groups * c, features)  # normalised, or else do is
-        self.kappa = kappa = new(t, g, c, features)
-        self.v, self.do = v, do = new(t, g, c, m), new(t, g, groups * c, m)
-        self.pairs = pairs = new(t, g, groups * c, c)  # G_tj
-        self.gradients = gradients
-        db, da, dv = gradients.of_queries, gradients.of_keys, gradients.of_values
-        weights = gradients.weights
-        self.triangles = triangles(pairs)
-        self.triangles_of_weights = triangles(weights)
+    def __init__(self, groups: int, block: Block, kv: Tensor, passing: _Passing) -> None:
+        (_, t, c), (g, features, _) = block, kv.shape
+        rows = groups * c
+        # factors of queries, normalised (or else do is), and of keys; and G_tj
+        shapes = (t, g, rows, features), (t, g, c, features), (t, g, rows, c)
+        self.p, self.kappa, self.pairs = p, kappa, pairs = carve(kv, shapes)
+        self.passing, self.triangles = passing, triangles(pairs)
+        v, do, dv, da, db = passing.v, passing.do, passing.dv, passing.da, passing.db
         self.chunks_forth = list(zip(kappa, kappa.mT, v, do, pairs, db, strict=True))
-        back = zip(p, p.mT, kappa, v, do, pairs.mT, weights.mT, da, dv, strict=True)
+        back = zip(p, p.mT, kappa, v, do, pairs.mT, passing.weights.mT, da, dv, strict=True)
         self.chunks_back = [*back][::-1]
-        flat = [x.flatten(0, 1) for x in (p, kappa.mT, weights, do, v.mT, pairs)]
-        self.all_p, self.across_keys, self.all_weights, self.all_do, self.across_values = flat[:5]
-        self.all_pairs = flat[5]
+        flat = (x.flatten(0, 1) for x in (p, kappa.mT, pairs))
+        self.all_p, self.across_keys, self.all_pairs = flat
 
 
 class _Seen(NamedTuple):
@@ -125,8 +124,9 @@ class _Sweep:
         self._kept, self._d_parameters = kept, d_parameters
         self._queries, self._keys = inputs.encoders(call)
         self._cuts = kept.cuts[0, 0].tolist() if call.features.exponential else None
-        self._gradients: dict[tuple[int, int], _Gradients] = {}
-        self._free: dict[tuple[int, int], list[_Room]] = {}  # rooms by their T and C
+        self._scaled = call.settings.normalised and not call.features.exponential
+        self._passing: dict[tuple[int, int], _Passing] = {}  # by T and C of their blocks
+        self._free: dict[tuple[int, int], list[_Room]] = {}
 
     def run(self, future: Sums, gradients: Gradients) -> None:
         """From the last interval to the first, with the sums of the future so far."""
@@ -141,7 +141,7 @@ class _Sweep:
                 seen.append(self._forth(block, past, dq))
             for one in paced(popped(seen), kv, "causal backward, back", *work):
                 self._back(one, future, dk, dv)
-                self._free[one.block[1:]].append(one.room)
+                self._free.setdefault(one.block[1:], []).append(one.room)
             if i == 0 and sums.shift is not None:
                 future.lower(sums.shift)
 
@@ -158,31 +158,26 @@ class _Sweep:
         return found
 
     def _room(self, block: Block, kv: Tensor) -> _Room:
-        free = self._free.setdefault(block[1:], [])
-        if free:
-            return free.pop()
-        groups = self._inputs.groups
-        if block[1:] not in self._gradients:
-            self._gradients[block[1:]] = _Gradients(groups, block, kv)
-        return _Room(groups, block, kv, self._gradients[block[1:]])
+        size, groups = block[1:], self._inputs.groups
+        if self._free.get(size):
+            return self._free[size].pop()
+        self._free.clear()  # those of other sizes make place
+        if size not in self._passing:
+            self._passing[size] = _Passing(groups, block, kv)
+        return _Room(groups, block, kv, self._passing[size])
 
     def _forth(self, block: Block, past: Sums, dq: Rows) -> _Seen:
         """Gradients of the queries of a block; its keys are added to the sums."""
         room = self._room(block, past.kv)
-        p, kappa, do, db = room.p, room.kappa, room.do, room.gradients.of_queries
+        p, kappa, passing = room.p, room.kappa, room.passing
         _, keys_back = self._keys.differentiated(block, self._d_parameters, out=kappa)
         past.enter(kappa)
-        self._keys.gather(self._v, block, room.v)
         _, queries_back = self._queries.differentiated(block, self._d_parameters, past.shift, p)
-        self._d_out.copy_to(do, block)
-        norm, delta = self._norm_and_delta(block, do)
-        if past.shift is None:
-            do.mul_(norm)  # in the place of p, which is wider
-            delta = delta * norm
-        else:
-            p.sub_(norm).exp2_()
-        z = past.z_before(kappa)
-        torch.bmm(room.all_do, room.across_values, out=room.all_pairs)
+        if past.shift is not None:
+            p.sub_(self._norm[block]).exp2_()
+        self._gather(block, passing)
+        delta, z, db = self._delta(block, passing.do), past.z_before(kappa), passing.db
+        torch.bmm(passing.all_do, passing.across_values, out=room.all_pairs)
         room.pairs.sub_(delta)
         room.triangles.tril_()
         kv = past.kv.mT
@@ -196,13 +191,14 @@ class _Sweep:
     def _back(self, seen: _Seen, future: Sums, dk: Rows, dv_out: Rows) -> None:
         """Gradients of the keys and values of a block; its queries are added to the sums."""
         block, room, delta, shift, keys_back = seen
+        passing, da, dv = room.passing, room.passing.da, room.passing.dv
         if shift is not None:
             future.lower(shift)
+        self._gather(block, passing)
         totals = torch.bmm(delta.flatten(0, 1).mT, room.all_p)
         r = future.z_after(totals.view(len(delta), *future.z.shape))
-        da, dv = room.gradients.of_keys, room.gradients.of_values
-        torch.bmm(room.all_p, room.across_keys, out=room.all_weights)
-        room.triangles_of_weights.tril_()
+        torch.bmm(room.all_p, room.across_keys, out=passing.all_weights)
+        passing.triangles.tril_()
         kv = future.kv.mT
         for p_i, across, kappa_i, v_i, do_i, pairs_i, weights_i, da_i, dv_i in room.chunks_back:
             torch.bmm(v_i, kv, out=da_i).baddbmm_(pairs_i, p_i)
@@ -216,8 +212,18 @@ class _Sweep:
         keys_back(da, dk)
         dv_out.write(block, dv)
 
-    def _norm_and_delta(self, block: Block, do: Tensor) -> tuple[Tensor, Tensor]:
-        """Both (T, G, R*C, 1)."""
+    def _gather(self, block: Block, passing: _Passing) -> None:
+        """Copy v and do, these times the factors that are left out of p, which is wider."""
+        if passing.holds == block:
+            return
+        passing.holds = block
+        self._keys.gather(self._v, block, passing.v)
+        self._d_out.copy_to(passing.do, block)
+        if self._scaled:
+            passing.do.mul_(self._norm[block])
+
+    def _delta(self, block: Block, do: Tensor) -> Tensor:
         if not self._call.settings.normalised:
-            return do.new_ones(1), do.new_zeros(1).expand(*do.shape[:-1], 1)
-        return self._norm[block], self._out.dot(self._d_out, block)
+            return do.new_zeros(1).expand(*do.shape[:-1], 1)
+        delta = self._out.dot(self._d_out, block)
+        return delta * self._norm[block] if self._scaled else delta

@@ -13,7 +13,7 @@ from .features import Features
 from .formula import LOG2E, Kind
 from .kinds import KINDS
 from .layout import Block
-from .projected import Hyperbolic
+from .projected import Halves, Hyperbolic
 from .rows import Rows, ungroup
 
 PullBack = Callable[[Tensor, Rows], None]  # gradient of the features, gradient of x to fill
@@ -26,6 +26,7 @@ class Encoder:
 
     Args:
         features: the map.
+        kind: its formula, None for a user's functions.
         dtype: dtype of the sums, in which features are given.
         x: (N, length, H*R, E) of the tile.
         of_keys: whether this is the keys' half of the map.
@@ -40,6 +41,7 @@ class Encoder:
     def __init__(
         self,
         features: Features,
+        kind: Kind | None,
         dtype: torch.dtype,
         x: Tensor,
         *,
@@ -53,10 +55,7 @@ class Encoder:
         if mask is not None:
             self._drop = Rows(~mask[:, :, None, None].expand(-1, -1, x.shape[2], 1))
         self._function = features.keys if of_keys else features.queries
-        self._of_keys, self._kind = of_keys, None
-        if features.formula is not None:
-            self._kind = KINDS[features.formula.kind](features.formula, dtype)
-            self._kind.in_blocks = True
+        self._of_keys, self._kind = of_keys, kind
 
     def __call__(
         self, block: Block, shift: Tensor | None = None, out: Tensor | None = None
@@ -77,23 +76,21 @@ class Encoder:
         """Whether the next two may be called; a GPU is not asked for the range of numbers."""
         return isinstance(self._kind, Hyperbolic) and self._x.x.device.type == "cpu"
 
-    def query_powers(self, block: Block, out: Tensor) -> Tensor | float:
+    def query_powers(self, block: Block, out: Halves) -> Tensor | float:
         """Write exponential features of a block themselves to ``out``; the logarithm of what they
         are relative to, 0 but for rows that are out of range."""
-        kind = self._powered(out)
-        return kind.query_powers(self.rows(self._x, block), out)
+        return self._powered(out).query_powers(self.rows(self._x, block), out)
 
-    def key_powers(self, block: Block, out: Tensor) -> bool:
+    def key_powers(self, block: Block, out: Halves) -> bool:
         """Write exponential features of a block themselves to ``out``, if all are in range."""
-        kind = self._powered(out)
-        if not kind.key_powers(self.rows(self._x, block), out):
+        if not self._powered(out).key_powers(self.rows(self._x, block), out):
             return False
-        self.clear(out, block)
+        self.clear(out.both, block)
         return True
 
-    def _powered(self, out: Tensor) -> Hyperbolic:
+    def _powered(self, out: Halves) -> Hyperbolic:
         assert isinstance(self._kind, Hyperbolic)
-        check_widths(2 * self._kind.omega.shape[1], out.shape[-1])
+        check_widths(2 * self._kind.omega.shape[1], out.both.shape[-1])
         return self._kind
 
     def differentiated(
@@ -210,7 +207,7 @@ def width(features: Features, x: Tensor, dtype: torch.dtype) -> int:
     if features.formula is not None:
         return KINDS[features.formula.kind].width(features.formula, x.shape[-1])
     block = Block(0, 1, min(x.shape[1], 1))
-    return Encoder(features, dtype, x, of_keys=True)(block).shape[-1]
+    return Encoder(features, None, dtype, x, of_keys=True)(block).shape[-1]
 
 
 def _check_leaves(value: Tensor, inputs: list[Tensor]) -> None:

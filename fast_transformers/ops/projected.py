@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -129,6 +130,18 @@ class SmoothedFourier(Fourier):
         return super().function(u, out, constant.expand(*u.shape[:-1], 1), *more)
 
 
+class Halves(NamedTuple):
+    """Memory for features of both signs, and that of either."""
+
+    both: Tensor
+    plus: Tensor
+    minus: Tensor
+
+    @classmethod
+    def of(cls, features: Tensor) -> Halves:
+        return cls(features, *features.chunk(2, -1))
+
+
 class Hyperbolic(Projected):
     """log of [exp(u), exp(-u)] exp(-softmax_temp |x|^2 / 2) / sqrt(F): Favor.
 
@@ -144,14 +157,13 @@ class Hyperbolic(Projected):
     def __init__(self, formula: Formula, dtype: torch.dtype) -> None:
         super().__init__(formula, dtype)
         self.constant = math.log2(2 * self.omega.shape[1]) / 2
-        self._halves: tuple[Tensor | None, ...] = (None, None, None)
 
     def queries(self, x: Tensor, shift: Tensor | None = None, out: Tensor | None = None) -> Tensor:
         if shift is None:
             return self.value(x, out)
         return _signs(self.project(x), *shift.chunk(2, -1), out=out)
 
-    def query_powers(self, x: Tensor, out: Tensor) -> Tensor | float:
+    def query_powers(self, x: Tensor, out: Halves) -> Tensor | float:
         """2 to the logarithms of queries, to ``out``, less an offset (..., 1) of rows that are out
         of range, which is returned. No row depends on another."""
         u = self.project(x)
@@ -159,29 +171,26 @@ class Hyperbolic(Projected):
             return 0.0
         offset = u.abs().amax(-1, keepdim=True)
         offset.masked_fill_(offset <= self.most, 0.0)
-        first, second = out.chunk(2, -1)
-        torch.exp2(u - offset, out=first)
-        second.copy_(torch.where(offset == 0, first.reciprocal(), (-u - offset).exp2_()))
+        torch.exp2(u - offset, out=out.plus)
+        inverse = torch.where(offset == 0, out.plus.reciprocal(), (-u - offset).exp2_())
+        out.minus.copy_(inverse)
         return offset
 
-    def key_powers(self, x: Tensor, out: Tensor) -> bool:
+    def key_powers(self, x: Tensor, out: Halves) -> bool:
         """2 to the logarithms of keys, to ``out``, if they are in range."""
         offset = self._offset(x)
         found = float(offset.amin()) >= -self.most and self._powers(self.project(x), out)
         if found:
-            out.mul_(offset.exp2_())
+            out.both.mul_(offset.exp2_())
         return found
 
-    def _powers(self, u: Tensor, out: Tensor) -> bool:
+    def _powers(self, u: Tensor, out: Halves) -> bool:
         """[2^u, 2^-u], if they are in range; half of the time of logarithms, and of 2 to them."""
         low, high = u.aminmax()
-        if not (float(low) >= -self.most and float(high) <= self.most):
-            return False
-        if self._halves[0] is not out:
-            self._halves = out, *out.chunk(2, -1)
-        _, first, second = self._halves
-        torch.reciprocal(torch.exp2(u, out=first), out=second)
-        return True
+        found = float(low) >= -self.most and float(high) <= self.most
+        if found:
+            torch.reciprocal(torch.exp2(u, out=out.plus), out=out.minus)
+        return found
 
     def keys(self, x: Tensor, out: Tensor | None = None) -> Tensor:
         offset = self._offset(x)
@@ -200,7 +209,8 @@ class Hyperbolic(Projected):
         return torch.rsub(norm, -self.constant, alpha=self.temp * LOG2E / 2)
 
     def queries_back(self, gradient: Tensor, phi: Tensor, x: Tensor) -> Tensor:
-        return self.project_back(torch.sub(*gradient.chunk(2, -1)))
+        plus, minus = gradient.chunk(2, -1)
+        return self.project_back(plus.sub_(minus))
 
     def keys_back(self, gradient: Tensor, phi: Tensor, x: Tensor) -> Tensor:
         total = gradient.sum(-1, keepdim=True)

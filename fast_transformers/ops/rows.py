@@ -6,6 +6,9 @@ Between products that fill the caches a view costs as much as a small product, 4
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -78,6 +81,14 @@ class Rows:
         rows = rows.permute(1, 2, 0, 4, 5, 3, 6)
         self._views = (rows.squeeze((2, 4)) if self._alone else rows).unbind()
         return i
+
+
+def carve(like: Tensor, shapes: Sequence[tuple[int, ...]]) -> list[Tensor]:
+    """Tensors of some shapes in one piece of memory: many, allocated again and again, would leave
+    megabytes of gaps in the heap."""
+    sizes = [math.prod(shape) for shape in shapes]
+    pieces = like.new_empty(sum(sizes)).split(sizes)
+    return [piece.view(shape) for piece, shape in zip(pieces, shapes, strict=True)]
 
 
 def ungroup(x: Tensor, block: Block, n: int, groups: int = 1) -> Tensor:

@@ -17,7 +17,8 @@ from torch import Tensor
 from .call import Call
 from .encode import width
 from .layout import BLOCK, BLOCK_FEATURES, MIN_CHUNK, Block, blocks, tiles
-from .rows import Rows
+from .projected import Halves
+from .rows import Rows, carve
 from .scaling import factor_of, norm_of, query_factors
 from .sums import Sums, Triple, empty_sums, start_from
 from .threads import paced
@@ -37,13 +38,13 @@ class _Room:
 
     def __init__(self, sums: Sums, rows: int) -> None:
         g, f, m = sums.kv.shape
-        new = sums.kv.new_empty
         self.size = rows
-        self.chunk, self.chunk_gradient = new(g, rows, f), new(g, rows, f)  # of features
-        self.chunk_values, self.denominators = new(g, rows, m), new(g, 1, rows)
+        pieces = carve(sums.kv, [(g, rows, f), (g, rows, f), (g, rows, m), (g, 1, rows)])
+        self.chunk, self.chunk_gradient, self.chunk_values, self.denominators = pieces
         self.features, self.gradient, self.values = (
             x[None] for x in (self.chunk, self.chunk_gradient, self.chunk_values)
         )
+        self.halves = Halves.of(self.features)
         self.across, self.column = self.chunk.mT, self.denominators.mT[None]
 
 
@@ -68,7 +69,7 @@ def accumulate(
         for block in _chunks(length, call, sums, "accumulate"):
             if room is None or room.size != block.c:
                 room = _Room(sums, block.c)
-            if not (sums.plain and keys.key_powers(block, room.features)):
+            if not (sums.plain and keys.key_powers(block, room.halves)):
                 sums.settle()  # more of them will be out of range
                 sums.enter(keys(block, out=room.features))
             sums.absorb(room.chunk, room.across, keys.rows(values, block)[0])
@@ -136,7 +137,7 @@ def attend(call: Call, q: Tensor, state: Triple) -> tuple[Tensor, Tensor]:
             if room is None or room.size != groups * block.c:
                 room = _Room(sums, groups * block.c)
             if top is not None:
-                offset = top + queries.query_powers(block, room.features)
+                offset = top + queries.query_powers(block, room.halves)
             else:
                 b = queries(block, sums.shift, room.features)
                 if sums.shift is not None:
