@@ -181,15 +181,16 @@ class _Room:
         self.size = t, c = block[1:]
         g, features, m = sums.kv.shape
         rows = groups * c
-        shapes = [(rows, features), (rows, m), (rows, c), (c, features), (c, m)]
+        shapes = [(rows, features), (rows, m), (rows, c), (c, features), (c, m), (1, rows)]
         pieces = carve(sums.kv, [(t, g, *shape) for shape in shapes])
-        self.p, self.values, self.weights, self.kappa, self.v = pieces
+        self.p, self.values, self.weights, self.kappa, self.v, row = pieces
         self.queries, self.keys = Halves.of(self.p), Halves.of(self.kappa)
         across = self.kappa.mT
         self.triangles = triangles(self.weights)
         self.chunks = list(zip(self.p, across, self.v, self.values, strict=True))
         flat = [x.flatten(0, 1) for x in (self.p, across, self.weights, self.v, self.values)]
         self.all_p, self.all_across, self.pairs, self.all_v, self.all_values = flat
+        self.row, self.across_p, self.denominators = row.flatten(0, 1), self.all_p.mT, row.mT
 
 
 def _forward_block(
@@ -224,7 +225,9 @@ def _forward_block(
     for p_i, across, v_i, values_i in room.chunks:
         values_i.baddbmm_(p_i, sums.kv)
         sums.add(across, v_i)
-    denominator = p.mul_(sums.z_before(kappa)).sum(-1, keepdim=True)
+    # a row times the transpose takes MKL half the time of a product with a column
+    torch.bmm(sums.z_before(kappa), room.across_p, out=room.row)
+    denominator = room.denominators
     denominator += weights.sum(-1, keepdim=True)
     if not call.settings.normalised:
         out.write(block, values)

@@ -74,6 +74,7 @@ class _Passing:
         self.v, self.do, self.dv, self.weights, self.db, *da = pieces
         self.da = da[0] if da else self.db
         self.triangles, self.all_weights = triangles(self.weights), self.weights.flatten(0, 1)
+        self.all_db = self.db.flatten(0, 1)
         self.all_do, self.across_values = self.do.flatten(0, 1), self.v.mT.flatten(0, 1)
         self.holds: Block | None = None  # whose v and do these are
 
@@ -101,7 +102,7 @@ class _Seen(NamedTuple):
 
     block: Block
     room: _Room
-    delta: Tensor  # (T, G, R*C, 1); times the factors of the queries, if they are normalised
+    delta: Tensor  # (T*G, R*C, 1); times the factors of the queries, if they are normalised
     shift: Tensor | None
     pull_back: PullBack  # of the keys
 
@@ -178,13 +179,13 @@ class _Sweep:
         self._gather(block, passing)
         delta, z, db = self._delta(block, passing.do), past.z_before(kappa), passing.db
         torch.bmm(passing.all_do, passing.across_values, out=room.all_pairs)
-        room.pairs.sub_(delta)
+        room.all_pairs.sub_(delta)
         room.triangles.tril_()
         kv = past.kv.mT
         for kappa_i, across, v_i, do_i, pairs_i, db_i in room.chunks_forth:
             torch.bmm(do_i, kv, out=db_i).baddbmm_(pairs_i, kappa_i)
             past.add(across, v_i)
-        db.addcmul_(delta, z, value=-1)
+        passing.all_db.addcmul_(delta, z, value=-1)
         queries_back(db if past.shift is None else db.mul_(p), dq)
         return _Seen(block, room, delta, past.shift, keys_back)
 
@@ -195,8 +196,7 @@ class _Sweep:
         if shift is not None:
             future.lower(shift)
         self._gather(block, passing)
-        totals = torch.bmm(delta.flatten(0, 1).mT, room.all_p)
-        r = future.z_after(totals.view(len(delta), *future.z.shape))
+        r = future.z_after(torch.bmm(delta.mT, room.all_p))
         torch.bmm(room.all_p, room.across_keys, out=passing.all_weights)
         passing.triangles.tril_()
         kv = future.kv.mT
@@ -224,6 +224,6 @@ class _Sweep:
 
     def _delta(self, block: Block, do: Tensor) -> Tensor:
         if not self._call.settings.normalised:
-            return do.new_zeros(1).expand(*do.shape[:-1], 1)
+            return do.new_zeros(1).expand(*do.shape[:-1], 1).flatten(0, 1)
         delta = self._out.dot(self._d_out, block)
-        return delta * self._norm[block] if self._scaled else delta
+        return (delta * self._norm[block] if self._scaled else delta).flatten(0, 1)

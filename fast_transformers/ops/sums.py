@@ -120,25 +120,25 @@ class Sums:
         self.z = self.z + kappa.sum(1)
 
     def z_before(self, kappa: Tensor) -> Tensor:
-        """z before each chunk of a block, (T, G, 1, F), in memory that the next block overwrites;
+        """z before each chunk of a block, (T*G, 1, F), in memory that the next block overwrites;
         afterwards z includes the block."""
         t, g, _, f = kappa.shape
         if self._running is None or len(self._running[0]) != t + 1:
-            all_of_it = kappa.new_empty(t + 1, g, 1, f)
-            ends = all_of_it[0, :, 0], all_of_it[-1, :, 0]
-            self._running = all_of_it, all_of_it[1:], all_of_it[:-1], *ends
-        all_of_it, totals, before, first, last = self._running
+            running = kappa.new_empty(t + 1, g, f)
+            before = running[:-1].view(t * g, 1, f)
+            self._running = running, running[1:], before, running[0], running[-1]
+        running, totals, before, first, last = self._running
         first.copy_(self.z)
-        torch.sum(kappa, 2, keepdim=True, out=totals)
-        all_of_it.cumsum_(0)
+        torch.sum(kappa, 2, out=totals)
+        running.cumsum_(0)
         self.z = last
         return before
 
     def z_after(self, totals: Tensor) -> Tensor:
         """z after each chunk of a block that is swept in reverse, (T, G, 1, F); then z includes
-        the block, whose chunks' queries add ``totals`` (T, G, F)."""
+        the block, whose chunks' queries add ``totals`` (T*G, 1, F)."""
         after = []
-        for total in reversed(totals):
+        for total in reversed(totals.view(-1, *self.z.shape)):
             after.append(self.z)
             self.z = self.z + total
         return torch.stack(after[::-1])[:, :, None]
