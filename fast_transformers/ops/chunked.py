@@ -78,7 +78,7 @@ class Kept(NamedTuple):
     @classmethod
     def allocate(cls, call: Call, inputs: Inputs, features: int) -> Kept:
         n, length, h, m = inputs.v.shape
-        states = len(intervals(call, inputs, features)) if call.settings.keep else 0
+        states = -(-length // _interval(call, inputs, features)) if call.settings.keep else 0
         exponential, length = call.features.exponential, length if call.settings.keep else 0
         normalised = length if call.settings.normalised else 0
         new = inputs.q.new_empty
@@ -108,16 +108,18 @@ class Kept(NamedTuple):
         return Sums(self.kv[i].flatten(0, 1), self.z[i].flatten(0, 1), shift)
 
 
-def intervals(call: Call, inputs: Inputs, features: int) -> list[slice]:
-    """The tokens from one kept state to the next, whose features the backward pass holds.
-
-    They are so long that the states take about a tenth of the memory of output and gradients;
-    between them the sums are taken again in the backward pass.
-    """
-    length, _, e = inputs.q.shape[1:]
-    m, chunk = inputs.v.shape[-1], call.settings.chunk
+def _interval(call: Call, inputs: Inputs, features: int) -> int:
+    """Tokens from one kept state to the next, whose features the backward pass holds: so many
+    that the states take about a tenth of the memory of output and gradients. Between them the
+    sums are taken again in the backward pass."""
+    e, m, chunk = inputs.q.shape[-1], inputs.v.shape[-1], call.settings.chunk
     block = max(BLOCK // chunk, 1) * chunk if chunk else BLOCK
-    size = max(7 * features * m // (max(e + m, 1) * block), 1) * block
+    return max(7 * features * m // (max(e + m, 1) * block), 1) * block
+
+
+def intervals(call: Call, inputs: Inputs, features: int) -> list[slice]:
+    """The tokens from one kept state to the next."""
+    length, size = inputs.q.shape[1], _interval(call, inputs, features)
     return [slice(start, min(start + size, length)) for start in range(0, length, size)]
 
 
