@@ -17,7 +17,9 @@ ROWS = 256  # fewest that are worth the call
 
 def laid_out(weights: Tensor) -> Tensor:
     """Weights (E, K) in the order in memory that :func:`product` is fastest with."""
-    return weights.mT.contiguous().mT if onednn_is_faster() else weights.contiguous()
+    if torch.compiler.is_compiling() or not onednn_is_faster():
+        return weights.contiguous()
+    return weights.mT.contiguous().mT
 
 
 def product(rows: Tensor, weights: Tensor, out: Tensor | None = None) -> Tensor:

@@ -139,7 +139,8 @@ class Halves(NamedTuple):
 
     @classmethod
     def of(cls, features: Tensor) -> Halves:
-        return cls(features, *features.chunk(2, -1))
+        half = features.shape[-1] // 2
+        return cls(features, features[..., :half], features[..., half:])
 
 
 class Hyperbolic(Projected):
