@@ -110,8 +110,8 @@ class Kept(NamedTuple):
 
 def _interval(call: Call, inputs: Inputs, features: int) -> int:
     """Tokens from one kept state to the next, whose features the backward pass holds: so many
-    that the states take about a tenth of the memory of output and gradients. Between them the
-    sums are taken again in the backward pass."""
+    that the states take a fourteenth to a seventh of the memory of output and gradients. Between
+    them the sums are taken again in the backward pass."""
     e, m, chunk = inputs.q.shape[-1], inputs.v.shape[-1], call.settings.chunk
     block = max(BLOCK // chunk, 1) * chunk if chunk else BLOCK
     return max(7 * features * m // (max(e + m, 1) * block), 1) * block
@@ -156,7 +156,7 @@ def forward(call: Call, inputs: Inputs, state: Triple | None) -> tuple[Tensor, T
 
 def _forward_tile(call: Call, inputs: Inputs, sums: Sums, out: Tensor, kept: Kept) -> None:
     features, groups, room = sums.z.shape[-1], inputs.groups, None
-    encoders = inputs.encoders(call)
+    encoders, masked = inputs.encoders(call), inputs.key_mask is not None
     rows = Rows(inputs.v), Rows(out, groups), Rows(kept.norm, groups)
     for i, interval in enumerate(intervals(call, inputs, features)):
         if call.settings.keep:
@@ -168,7 +168,6 @@ def _forward_tile(call: Call, inputs: Inputs, sums: Sums, out: Tensor, kept: Kep
         for block in paced(popped(waiting), out, "causal", *sums.kv.shape, call.chunk):
             if room is None or room.size != block[1:]:
                 room = _Room(groups, block, sums)
-            masked = inputs.key_mask is not None
             if not _forward_block(call, encoders, rows, block, sums, room, masked):
                 waiting += block.halves()[::-1]
             elif call.settings.keep and sums.shift is not None:
@@ -227,7 +226,7 @@ def _forward_block(
     for p_i, across, v_i, values_i in room.chunks:
         values_i.baddbmm_(p_i, sums.kv)
         sums.add(across, v_i)
-    # a row times the transpose takes MKL half the time of a product with a column
+    # as a row, see :func:`.summed.attend`
     torch.bmm(sums.z_before(kappa), room.across_p, out=room.row)
     denominator = room.denominators
     denominator += weights.sum(-1, keepdim=True)
