@@ -23,6 +23,7 @@ from .encode import Encoder, width
 from .layout import (
     BLOCK,
     BLOCK_FEATURES,
+    HELD,
     Block,
     Tile,
     blocks,
@@ -110,11 +111,12 @@ class Kept(NamedTuple):
 
 def _interval(call: Call, inputs: Inputs, features: int) -> int:
     """Tokens from one kept state to the next, whose features the backward pass holds: so many
-    that the states take a fourteenth to a seventh of the memory of output and gradients. Between
-    them the sums are taken again in the backward pass."""
+    that the states take at most a seventh of the memory of output and gradients. Between them the
+    sums are taken again in the backward pass."""
     e, m, chunk = inputs.q.shape[-1], inputs.v.shape[-1], call.settings.chunk
-    block = max(BLOCK // chunk, 1) * chunk if chunk else BLOCK
-    return max(7 * features * m // (max(e + m, 1) * block), 1) * block
+    block = BLOCK // HELD
+    block = max(block // chunk, 1) * chunk if chunk else block
+    return max(7 * features * m // (max(e + m, 1) * block), HELD) * block
 
 
 def intervals(call: Call, inputs: Inputs, features: int) -> list[slice]:
@@ -123,10 +125,11 @@ def intervals(call: Call, inputs: Inputs, features: int) -> list[slice]:
     return [slice(start, min(start + size, length)) for start in range(0, length, size)]
 
 
-def cut(interval: slice, chunk: int, features: int) -> list[Block]:
+def cut(interval: slice, chunk: int, features: int, held: bool = False) -> list[Block]:
     """The blocks of some tokens: chunks are worked together until their features would not fit
     a processor's cache, or one reference would not do for all of them (see :mod:`.scaling`)."""
-    return list(blocks(interval.start, interval.stop, chunk, BLOCK_FEATURES // features))
+    most = min(BLOCK, BLOCK_FEATURES // features) // (HELD if held else 1)
+    return list(blocks(interval.start, interval.stop, chunk, most))
 
 
 def allocate(call: Call, inputs: Inputs) -> tuple[Tensor, Triple, Kept]:

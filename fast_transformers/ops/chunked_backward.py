@@ -147,9 +147,9 @@ class _Sweep:
                 future.lower(sums.shift)
 
     def _blocks(self, interval: slice) -> list[Block]:
-        """The blocks that the forward pass cut these tokens into."""
+        """Blocks of these tokens, each within one of the forward pass."""
         found, chunk = [], self._call.chunk
-        waiting = cut(interval, chunk, self._kept.kv.shape[-2])[::-1]
+        waiting = cut(interval, chunk, self._kept.kv.shape[-2], held=True)[::-1]
         while waiting:
             block = waiting.pop()
             if self._cuts is not None and any(self._cuts[block.start + 1 : block.at.stop]):

@@ -16,9 +16,10 @@ from torch import Tensor
 
 TILE = 8  # heads of long sequences worked at once
 TILE_TOKENS = 4096  # tokens of all heads of short sequences worked at once
-BLOCK = 256  # most tokens worked at once
+BLOCK = 512  # most tokens worked at once
 MIN_CHUNK = 64  # fewest tokens that are worth a matrix product
-BLOCK_FEATURES = 256 * 128  # most features of a head worked at once, but for a single chunk
+BLOCK_FEATURES = 512 * 128  # most features of a head worked at once, but for a single chunk
+HELD = 2  # times less in a backward pass that holds several blocks
 
 
 class Tile(NamedTuple):
@@ -85,7 +86,7 @@ def blocks(start: int, stop: int, chunk: int, most: int) -> Iterator[Block]:
 
     257 features, say, one of them constant, make no smaller blocks than 256 do.
     """
-    per_block = max(1, (min(most, BLOCK) + chunk // 2) // chunk)
+    per_block = max(1, (most + chunk // 2) // chunk)
     while start < stop:
         chunks = min(per_block, (stop - start) // chunk)
         block = Block(start, chunks, chunk) if chunks else Block(start, 1, stop - start)

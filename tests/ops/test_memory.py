@@ -15,8 +15,8 @@ from fast_transformers.feature_maps import Favor, elu_feature_map, features_of
 from tests.support import make_qkv
 
 FUNCTIONS = [ops.linear_attention, ops.causal_linear_attention]
-L, E, M, F = 3000, 8, 8, 256
-BLOCK, CHUNK = 128, 32  # tokens that are worked on together
+L, E, M, F = 6000, 8, 8, 256
+BLOCK, CHUNK = 256, 32  # tokens that are worked on together
 
 
 def largest_tensor(call: Callable[[], Any]) -> int:
