@@ -108,8 +108,14 @@ class Fourier(Projected):
 
     per_direction = 2
 
-    def function(self, u: Tensor, out: Tensor | None, *more: Tensor) -> Tensor:
-        return torch.cat([u.cos(), u.sin_(), *more], -1, out=out).mul_(u.shape[-1] ** -0.5)
+    def function(self, u: Tensor, out: Tensor | None) -> Tensor:
+        if out is None:
+            waves = torch.cat([u.cos(), u.sin_()], -1)
+        else:
+            waves, width = out[..., : 2 * u.shape[-1]], u.shape[-1]
+            torch.cos(u, out=waves[..., :width])
+            torch.sin(u, out=waves[..., width:])
+        return waves.mul_(u.shape[-1] ** -0.5)
 
     def function_back(self, gradient: Tensor, phi: Tensor) -> Tensor:
         width = self.omega.shape[1]
@@ -125,9 +131,12 @@ class SmoothedFourier(Fourier):
     def width(cls, formula: Formula, dims: int) -> int:
         return super().width(formula, dims) + 1
 
-    def function(self, u: Tensor, out: Tensor | None, *more: Tensor) -> Tensor:
-        constant = u.new_full((), math.sqrt(self.numbers[0] * u.shape[-1]))  # before it is scaled
-        return super().function(u, out, constant.expand(*u.shape[:-1], 1), *more)
+    def function(self, u: Tensor, out: Tensor | None) -> Tensor:
+        waves, constant = super().function(u, out), math.sqrt(self.numbers[0])
+        if out is None:
+            return torch.cat([waves, waves.new_full((), constant).expand(*u.shape[:-1], 1)], -1)
+        out[..., waves.shape[-1] :] = constant
+        return out
 
 
 class Halves(NamedTuple):
