@@ -116,7 +116,8 @@ def _interval(call: Call, inputs: Inputs, features: int) -> int:
     e, m, chunk = inputs.q.shape[-1], inputs.v.shape[-1], call.settings.chunk
     block = BLOCK // HELD
     block = max(block // chunk, 1) * chunk if chunk else block
-    return max(7 * features * m // (max(e + m, 1) * block), HELD) * block
+    held = 7 * features * m // (max(e + m, 1) * block)
+    return max(held, HELD) * block  # a block of the forward pass at least
 
 
 def intervals(call: Call, inputs: Inputs, features: int) -> list[slice]:

@@ -12,6 +12,8 @@ from torch.profiler import ProfilerActivity, profile
 
 from fast_transformers import ops
 from fast_transformers.feature_maps import Favor, elu_feature_map, features_of
+from fast_transformers.ops.call import Call, Settings
+from fast_transformers.ops.chunked import Inputs, allocate
 from tests.support import make_qkv
 
 FUNCTIONS = [ops.linear_attention, ops.causal_linear_attention]
@@ -39,6 +41,16 @@ def test_no_large_tensor(function, factory) -> None:
     assert largest <= max(L * max(E, M), one_block) < L * F // 8
     largest = largest_tensor(lambda: function(q.exp(), k.exp(), v, impl="reference"))
     assert largest >= L * L
+
+
+@pytest.mark.parametrize("features", [16, 64, 192, 256, 257, 1024])
+def test_kept_states_are_few(features) -> None:
+    length, heads, dims = 16384, 2, 64
+    x = torch.empty(1, length, heads, dims, device="meta")
+    omega = torch.empty(dims, features, device="meta")
+    call = Call.of(Settings("projected_relu", (1.0,), keep=True), None, omega, x.dtype, 32)
+    out, _, kept = allocate(call, Inputs(x, x, x, None))
+    assert 0 < kept.kv.numel() <= (out.numel() + 3 * x.numel()) / 7
 
 
 @pytest.mark.parametrize("function", FUNCTIONS)
